@@ -1,0 +1,316 @@
+"""Captures a dense model's forward as one ATen graph, with a dynamic batch and sequence.
+
+``torch.export`` in non-strict mode runs the model on fake tensors; the graph keeps, for each node, the stack of modules
+it came from. No model family is special here: what varies is found from the graph.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.fx
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+
+from modcompile.errors import UnsupportedGraphError, UsageError
+from modcompile.interface import Interface, graph_name, pack_tree
+from modcompile.model import GraphModel
+from modcompile.pass_manager import PassManager
+from modcompile.program import Program
+from modcompile.shapes import dim_expr
+from modcompile.spec import TensorSpec, dtype_name
+
+__all__ = ["capture"]
+
+ROLES = ("batch", "sequence")
+
+
+def capture(model: nn.Module, example_inputs: dict | tuple | torch.Tensor, *, dynamic: bool = True) -> GraphModel:
+    """The model as a graph that is called like the model and returns what it returns.
+
+    Args:
+        model: Any module whose forward takes tensors (and constants, which are fixed at their example's value).
+        example_inputs: Arguments by name, or positional ones in a tuple. Sizes are examples: every dim that the model
+            does not fix may vary, from 2 on.
+        dynamic: Whether dims may vary; if not, every size is the example's.
+
+    Returns:
+        A GraphModel that shares the model's parameters, in evaluation mode.
+
+    Raises:
+        UsageError: Example inputs that do not fit the forward's signature.
+        UnsupportedGraphError: A forward that torch.export cannot trace.
+
+    Example:
+        >>> graph = capture(nn.Linear(4, 2), (torch.randn(3, 4),))
+        >>> str(graph.inputs[0]), graph(torch.zeros(5, 4)).shape
+        ('input float32 [batch, 4]', torch.Size([5, 2]))
+    """
+    parameters, arguments = _bind(model, example_inputs)
+    if "use_cache" in parameters and "use_cache" not in arguments:
+        # A generation cache is state, not a value: a graph without it is what training and prefill scoring run.
+        arguments["use_cache"] = False
+    arguments = _distinct_sizes(arguments)
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with _named_arguments(model, arguments):
+            exported = torch.export.export(model.eval(), (), arguments, strict=False,
+                                           dynamic_shapes=pytree.tree_map(_auto, arguments) if dynamic else None)
+    except Exception as error:
+        message = str(error).strip().partition("\n")[0]
+        raise UnsupportedGraphError("torch.export cannot trace the model", found=f"{type(error).__name__}: {message}",
+                                    where=type(model).__name__,
+                                    expected="a forward without data-dependent control flow",
+                                    fix="see the message of torch.export; a smaller forward, or constants in "
+                                    "example_inputs, often help") from error
+    finally:
+        for module, training in modes:
+            module.training = training
+    traced = exported.module(check_guards=False)
+    flat, _ = pytree.tree_flatten(arguments)
+    graph = _flatten(traced, flat)
+    names, hints = _name_symbols(graph)
+    _merge_symbols(graph, names)
+    interface = _interface(graph, parameters, _defaults(model), arguments, exported.call_spec.out_spec, names)
+    graph_module = Program(graph).assemble(*_tensors(model, traced, graph))
+    # Imported here: the passes import the pass manager, which this module uses too.
+    from modcompile.passes.functionalize import Functionalize
+    from modcompile.passes.hoist_sizes import HoistSizes
+    from modcompile.passes.remove_noops import RemoveNoops
+
+    made = GraphModel(graph_module, interface, hints)
+    # Without writes and tracing leftovers, and with sizes computed once, blocks have only the inputs they need.
+    manager = PassManager([Functionalize(), RemoveNoops(), HoistSizes()])
+    manager(graph_module)
+    made.passes = manager.ran
+    return made
+
+
+def _bind(model: nn.Module, example_inputs: dict | tuple | torch.Tensor) -> tuple[tuple[str, ...], dict]:
+    signature = inspect.signature(model.forward)
+    if isinstance(example_inputs, torch.Tensor):
+        example_inputs = (example_inputs,)
+    if not isinstance(example_inputs, Mapping | tuple | list):
+        raise UsageError("example_inputs are not the arguments of a call", found=type(example_inputs).__name__,
+                         expected="a dict of arguments by name, or a tuple of positional ones", where="example_inputs")
+    args, kwargs = ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
+    parameters = tuple(p.name for p in signature.parameters.values()
+                       if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise UsageError("example_inputs do not fit the model's forward", expected=f"forward{signature}",
+                         found=f"{error}; given {', '.join(kwargs) or len(args)}", where="example_inputs") from None
+    arguments: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            arguments |= value
+        elif kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
+            raise UnsupportedGraphError("the model's forward takes arguments without names", expected="named arguments",
+                                        found=f"forward{signature}", where=name, fix="wrap the model in a module")
+        else:
+            arguments[name] = value
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(arguments)):
+        raise UsageError("example_inputs hold no tensor", expected="at least one tensor",
+                         found=", ".join(arguments) or "nothing", where="example_inputs")
+    return parameters, arguments
+
+
+def _defaults(model: nn.Module) -> dict[str, bool | int | float | str]:
+    parameters = inspect.signature(model.forward).parameters.values()
+    return {p.name: p.default for p in parameters if isinstance(p.default, bool | int | float | str)}
+
+
+@contextlib.contextmanager
+def _named_arguments(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Gives the forward one parameter for each argument: torch.export gives those of ``**kwargs`` no dynamic sizes."""
+    source, own = model.forward, "forward" in vars(model)
+
+    def forward(**arguments):
+        return source(**arguments)
+
+    parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
+    vars(forward)["__signature__"] = inspect.Signature(parameters)
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if own:
+            model.forward = source
+        else:
+            del model.forward
+
+
+def _auto(value):
+    return {dim: torch.export.Dim.AUTO for dim in range(value.dim())} if isinstance(value, torch.Tensor) else None
+
+
+def _distinct_sizes(arguments: dict) -> dict:
+    """Repeats a batch of 1, whose size torch.export would fix, or of another dim's size, which it would take for it."""
+    tensors = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+    for tensor in tensors:
+        if 0 in tensor.shape:
+            raise UsageError("an example input is empty", expected="sizes of at least 1", found=tuple(tensor.shape),
+                             where="example_inputs")
+    batch = tensors[0].shape[0] if tensors else 1
+    others = {size for tensor in tensors for size in tensor.shape[1:]}
+    if batch > 1 and batch not in others:
+        return arguments
+    times = next(n for n in range(2, 99) if batch * n not in others)
+
+    def repeat(value):
+        batched = isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == batch
+        return value.repeat(times, *[1] * (value.dim() - 1)) if batched else value
+
+    return pytree.tree_map(repeat, arguments)
+
+
+def _flatten(traced: torch.fx.GraphModule, flat: list) -> torch.fx.Graph:
+    """The traced graph with its tensor arguments in a row and a flat tuple of results."""
+    made, values = torch.fx.Graph(), {}
+    placeholders = traced.graph.find_nodes(op="placeholder")
+    for node, leaf in zip(placeholders, flat, strict=True):
+        # Constants have no input: the trace used their values.
+        if isinstance(leaf, torch.Tensor):
+            values[node] = made.node_copy(node)
+    for node in traced.graph.nodes:
+        if node.op == "output":
+            made.output(tuple(values[value] for value in node.args[0] if isinstance(value, torch.fx.Node)))
+            made.output_node().meta["constants"] = list(node.args[0])
+        elif node.op != "placeholder" and node not in values:
+            _copy_node(traced, node, made, values)
+    return made
+
+
+def _copy_node(traced: torch.fx.GraphModule, node: torch.fx.Node, made: torch.fx.Graph, values: dict) -> None:
+    """Copies a node; a region under no_grad, or under a disabled autocast, is copied in place of its call."""
+    if node.op == "get_attr" and isinstance(_attribute(traced, node.target), torch.fx.GraphModule):
+        return
+    # The arguments of a region: set_grad_enabled has one setting before its graph, autocast four, the third on or off.
+    settings = {torch.ops.higher_order.wrap_with_set_grad_enabled: 1, torch.ops.higher_order.wrap_with_autocast: 4}
+    if node.target not in settings:
+        values[node] = made.node_copy(node, lambda n: values[n])
+        return
+    count = settings[node.target]
+    if count == 4 and node.args[2]:
+        raise UnsupportedGraphError("the model's forward runs a region under autocast", where=node.name,
+                                    expected="a model in one precision", found=f"autocast to {node.args[1]}",
+                                    fix="capture in float32, and choose the precision at export")
+    region = _attribute(traced, node.args[count].target)
+    inner = dict(zip(region.graph.find_nodes(op="placeholder"), (values[arg] for arg in node.args[count + 1:]),
+                     strict=True))
+    for child in region.graph.nodes:
+        if child.op == "output":
+            results = [inner[result] for result in child.args[0]]
+        elif child.op != "placeholder":
+            _copy_node(region, child, made, inner)
+    for user in node.users:
+        # Made here, out of order: the copy of a getitem on the region is the value itself.
+        values[user] = results[user.args[1]]
+
+
+def _name_symbols(graph: torch.fx.Graph) -> tuple[dict, dict[str, int]]:
+    """A name and the example's size for each symbol of the inputs: "batch" is dim 0, "sequence" dim 1, by first use.
+
+    Two symbols of equal size at the same dim get one name: a mask's batch is the batch, though nothing in the graph may
+    compare them. To keep two lengths apart, give them different sizes in the example.
+    """
+    names: dict = {}
+    roles: dict[tuple[int, int], str] = {}
+    hints: dict[str, int] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        for dim, size in enumerate(node.meta["val"].shape):
+            expr = dim_expr(size)
+            if not expr.is_number and expr not in names:
+                hint = size.node.hint
+                if not expr.is_Symbol:
+                    raise UnsupportedGraphError(
+                        "an input's size depends on another's", found=f"dim {dim} is {expr}", where=node.name,
+                        expected="sizes that are equal or independent",
+                        fix="pass inputs of equal length, or capture with dynamic=False")
+                free = dim < len(ROLES) and ROLES[dim] not in hints
+                names[expr] = roles.setdefault((dim, hint), ROLES[dim] if free else f"{node.name}_{dim}")
+                hints[names[expr]] = hint
+    return names, hints
+
+
+def _merge_symbols(graph: torch.fx.Graph, names: dict) -> None:
+    """Symbols of one name become one symbol in every recorded shape."""
+    first: dict = {}
+    merged = {symbol: first.setdefault(name, symbol) for symbol, name in names.items()}
+    merged = {symbol: kept for symbol, kept in merged.items() if symbol != kept}
+
+    def size(value):
+        expr = dim_expr(value)
+        if not expr.free_symbols & set(merged):
+            return value
+        return value.node.shape_env.create_symintnode(expr.xreplace(merged), hint=value.node.hint)
+
+    def renamed(value):
+        if isinstance(value, torch.SymInt):
+            return size(value)
+        if isinstance(value, FakeTensor) and any(dim_expr(d).free_symbols & set(merged) for d in value.shape):
+            with value.fake_mode:
+                return torch.empty([size(d) for d in value.shape], dtype=value.dtype, device=value.device)
+        return value
+
+    for node in graph.nodes if merged else ():
+        if "val" in node.meta:
+            node.meta["val"] = pytree.tree_map(renamed, node.meta["val"])
+
+
+def _interface(graph: torch.fx.Graph, parameters, defaults: dict, arguments: dict, out_spec, names: dict) -> Interface:
+    leaves: list = []
+    labels: list[str] = []
+    trees = {name: pack_tree(value, leaves, labels, name) for name, value in arguments.items()}
+    # What was not given had its default: a call may say so.
+    trees |= {name: {"const": value} for name, value in defaults.items() if name not in trees}
+
+    def spec(name, value):
+        # Sizes that are arithmetic on symbols are free symbols of their own to whoever reads the outputs.
+        exprs = map(dim_expr, value.shape)
+        dims = tuple(int(expr) if expr.is_number else names.get(expr, str(expr)) for expr in exprs)
+        return TensorSpec(name, dtype_name(value.dtype), dims)
+
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    inputs = tuple(spec(label, node.meta["val"]) for label, node in zip(labels, placeholders, strict=True))
+    for node, label in zip(placeholders, labels, strict=True):
+        node.name = node.target = graph_name(label)
+    if len({node.name for node in placeholders}) < len(labels):
+        raise UsageError("two inputs would have one name in the graph", expected="names that differ in their letters",
+                         found=", ".join(labels), where="example_inputs", fix="rename one of them in the forward")
+    constants = graph.output_node().meta.pop("constants")
+    values = [value.meta["val"] if isinstance(value, torch.fx.Node) else value for value in constants]
+    out_leaves: list = []
+    out_labels: list[str] = []
+    result = pack_tree(pytree.tree_unflatten(values, out_spec), out_leaves, out_labels)
+    outputs = tuple(spec(label, value) for label, value in zip(out_labels, out_leaves, strict=True))
+    return Interface(parameters, trees, inputs, result, outputs)
+
+
+def _tensors(model: nn.Module, traced: torch.fx.GraphModule, graph: torch.fx.Graph):
+    """Every tensor by name: the source's own objects, its tied names included, and what tracing lifted out."""
+    tensors: dict[str, torch.Tensor] = {**dict(model.named_parameters(remove_duplicate=False)),
+                                        **dict(model.named_buffers(remove_duplicate=False))}
+    non_persistent = set(tensors) - set(model.state_dict())
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target not in tensors:
+            value = _attribute(traced, node.target)
+            if not isinstance(value, torch.Tensor):
+                raise UnsupportedGraphError("the traced graph holds something that is not a tensor", where=node.target,
+                                            found=type(value).__name__, expected="parameters, buffers and constants",
+                                            fix="avoid control flow operators in the model's forward")
+            tensors[node.target] = value
+            non_persistent.add(node.target)
+    return tensors, None, frozenset(non_persistent)
+
+
+def _attribute(module: nn.Module, name: str):
+    for part in name.split("."):
+        module = getattr(module, part)
+    return module

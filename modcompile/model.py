@@ -1,0 +1,278 @@
+"""Captured models as ordinary modules: the source's call, output type and state-dict names over an ATen graph."""
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.fx
+from torch import nn
+
+from modcompile.config import MoDConfig
+from modcompile.interface import Interface
+from modcompile.manifest import RoutedBlock
+from modcompile.pass_manager import Pass, PassManager
+from modcompile.program import Program, format_graph
+from modcompile.routers import Router, router_path
+from modcompile.shapes import fake_inputs, propagate, propagate_alike, shape_exprs
+from modcompile.spec import TensorSpec
+
+__all__ = ["GraphModel", "MoDModel"]
+
+
+class GraphModel(nn.Module):
+    """A dense model as a graph: called like its source, returning the source's output type.
+
+    Its parameters are the source's own objects under the source's names: deep-copy the model first if the two must
+    part. Dropout follows ``.train()``; what the source decided from ``self.training`` in other ways, attention dropout
+    included, stays as it was at capture.
+
+    Attributes:
+        graph_module: The graph: flat tensors in, a flat tuple of tensors out.
+        interface: How calls bind to the graph's inputs, and outputs to the source's type.
+        hints: The example's size for each symbol.
+        passes: The passes that made this graph, as dicts of name, options and modified.
+    """
+
+    # Kept beside the module's registries, not in them.
+    graph_module: torch.fx.GraphModule
+
+    def __init__(self, graph_module: torch.fx.GraphModule, interface: Interface, hints: dict[str, int],
+                 passes: list[dict] | None = None):
+        super().__init__()
+        # One registry for both: the graph's parameters are this module's, under the source's names.
+        for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[registry] = graph_module.__dict__[registry]
+        self.__dict__["graph_module"] = graph_module
+        self.interface, self.hints, self.passes = interface, hints, passes or []
+        self.training = False
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """The graph's tensor inputs, in order."""
+        return self.interface.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """The graph's tensor outputs, in order."""
+        return self.interface.outputs
+
+    @property
+    def program(self) -> Program:
+        """The graph's structure."""
+        return Program.of(self.graph_module)
+
+    def forward(self, *args, **kwargs) -> Any:
+        """Calls the graph as the source was called.
+
+        Raises:
+            UsageError: A call that does not fit the interface.
+        """
+        return self.interface.unflatten(list(self.run_graph(self.interface.bind(args, kwargs))))
+
+    def run_graph(self, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The graph's outputs for its inputs, both flat and in order."""
+        return self.graph_module(*inputs)
+
+    @property
+    def routed_blocks(self) -> list[RoutedBlock]:
+        """What is routed: nothing in a dense model."""
+        return []
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every parameter and buffer by name, aliases of tied weights included."""
+        return {**dict(self.named_parameters(remove_duplicate=False)),
+                **dict(self.named_buffers(remove_duplicate=False))}
+
+    def non_persistent(self) -> frozenset[str]:
+        """Names of the buffers that are not in the state dict."""
+        return frozenset(dict(self.named_buffers(remove_duplicate=False))) - frozenset(self.state_dict())
+
+    def propagate_shapes(self, hints: dict[str, int] | None = None) -> None:
+        """Records every value's shape in the graph, for passes; the sizes in ``hints`` stand for the symbols."""
+        known: dict = {}
+        for path, body in self.program.bodies.items():
+            inputs = body.find_nodes(op="placeholder")
+            if not all("val" in node.meta for node in inputs):
+                # Loaded from a file: a sub-graph has symbols of its own.
+                propagate_alike(self.get_submodule(path), [node.meta["spec"] for node in inputs], {}, known)
+        propagate(self.graph_module, fake_inputs(list(self.inputs), hints or self.hints, self))
+
+    def format(self) -> str:
+        """Stable text of the graph, with shapes."""
+        symbols: dict = {}
+        placeholders = self.graph_module.graph.find_nodes(op="placeholder")
+        for node, spec in zip(placeholders, self.inputs, strict=True):
+            dims = zip(shape_exprs(node) or (), spec.shape, strict=False)
+            symbols |= {expr: name for expr, name in dims if isinstance(name, str)}
+        return format_graph(self.graph_module, symbols)
+
+    def train(self, mode: bool = True):
+        """Sets training mode: dropout in the graph is on or off with it."""
+        if mode != self.training:
+            for module in [self.graph_module, *self.graph_module.modules()]:
+                if isinstance(module, torch.fx.GraphModule):
+                    _set_dropout(module, mode)
+        super().train(mode)
+        self.graph_module.training = mode
+        return self
+
+    def _apply(self, fn, recurse=True):
+        """Moves and casts tensors; the devices that the graph itself names and the dtypes of its inputs follow."""
+        before = self._precisions()
+        super()._apply(fn, recurse)
+        after = self._precisions()
+        if len(before) == len(after) == 1 and before != after:
+            self.interface = self.interface.cast(*before, *after)
+        devices = {tensor.device for tensor in self.tensors().values()}
+        for graph in self._graphs():
+            changed = len(devices) == 1 and _set_device(graph, next(iter(devices)))
+            changed |= torch.float64 in after and _match_masks(graph)
+            if changed and graph.owning_module is not None:
+                graph.owning_module.recompile()
+        return self
+
+    def _precisions(self) -> set[torch.dtype]:
+        return {parameter.dtype for parameter in self.parameters() if parameter.is_floating_point()}
+
+    def _graphs(self) -> list[torch.fx.Graph]:
+        return [self.program.graph, *self.program.bodies.values()]
+
+    def __deepcopy__(self, memo):
+        return self._rebuild(self.program.copy(), {name: copy.deepcopy(tensor, memo)
+                                                   for name, tensor in self.tensors().items()})
+
+    def _rebuild(self, program: Program, tensors: dict[str, torch.Tensor]) -> "GraphModel":
+        graph_module = program.assemble(tensors, non_persistent=self.non_persistent())
+        return GraphModel(graph_module, self.interface, dict(self.hints), list(self.passes)).train(self.training)
+
+
+class MoDModel(GraphModel):
+    """A model in Mixture-of-Depths form: an ordinary module that trains, saves, and is called like its source.
+
+    Attributes:
+        config: What was asked for.
+        routed_blocks: What is routed, in the model's order.
+        dense_program: The dense model's structure, its blocks outlined; the oracle and the pruned model start from it.
+    """
+
+    def __init__(self, graph_module: torch.fx.GraphModule, interface: Interface, hints: dict[str, int],
+                 passes: list[dict], config: MoDConfig, routed_blocks: list[RoutedBlock], dense_program: Program):
+        super().__init__(graph_module, interface, hints, passes)
+        self.config, self.dense_program = config, dense_program
+        self._routed_blocks = list(routed_blocks)
+        self._observers: list[Callable[[str, str, torch.Tensor], None]] = []
+
+    @property
+    def routed_blocks(self) -> list[RoutedBlock]:
+        """What is routed, in the model's order."""
+        return list(self._routed_blocks)
+
+    @property
+    def routers(self) -> dict[str, Router]:
+        """The router of each routed block, by the block's path."""
+        return {block.path: cast(Router, self.get_submodule(router_path(block.path))) for block in self._routed_blocks}
+
+    def _graphs(self) -> list[torch.fx.Graph]:
+        return [*super()._graphs(), self.dense_program.graph, *self.dense_program.bodies.values()]
+
+    def run_graph(self, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The graph's outputs for its inputs; under ``trace_routing`` also shows each block's choice to the trace."""
+        if not self._observers:
+            return self.graph_module(*inputs)
+        return _Observed(self.graph_module, self._observers).run(*inputs)
+
+    def save_pretrained(self, folder: str | os.PathLike, *, overwrite: bool = False) -> Path:
+        """Writes the model into a new folder of safetensors and JSON, which ``modcompile.load`` reads.
+
+        Raises:
+            UsageError: The folder exists, or cannot be written; nothing is left half-written.
+        """
+        from modcompile.saving import save_model
+
+        return save_model(self, folder, overwrite=overwrite)
+
+    def variant(self, program: Program, *stages: Pass) -> GraphModel:
+        """A model on this one's tensors, from a structure and further passes.
+
+        Args:
+            program: Where to start: ``self.program`` or ``self.dense_program``. It is copied.
+            stages: Passes to run on the copy.
+        """
+        routers = {router_path(path): router for path, router in self.routers.items()}
+        names = {f"{path}.{name}" for path, router in routers.items() for name, _ in router.named_parameters()}
+        tensors = {name: tensor for name, tensor in self.tensors().items() if name not in names}
+        calls = {node.target for node in program.graph.nodes if node.op == "call_module"}
+        graph_module = program.copy().assemble(tensors, {p: r for p, r in routers.items() if p in calls},
+                                               self.non_persistent())
+        made = GraphModel(graph_module, self.interface, dict(self.hints))
+        made.propagate_shapes()
+        manager = PassManager(list(stages))
+        manager(graph_module)
+        made.passes = [*self.passes, *manager.ran]
+        return made.train(self.training)
+
+    def _rebuild(self, program: Program, tensors: dict[str, torch.Tensor]) -> "MoDModel":
+        routers: dict[str, nn.Module] = {}
+        for path, router in self.routers.items():
+            routers[router_path(path)] = copy.deepcopy(router)
+            for name in dict(router.named_parameters()):
+                # Held by the copied router, not by the graph.
+                del tensors[f"{router_path(path)}.{name}"]
+        graph_module = program.assemble(tensors, routers, self.non_persistent())
+        return MoDModel(graph_module, self.interface, dict(self.hints), list(self.passes), self.config,
+                        self._routed_blocks, self.dense_program.copy()).train(self.training)
+
+
+class _Observed(torch.fx.Interpreter):
+    """Runs the graph node by node and shows the observers every value that has a role in the routing."""
+
+    def __init__(self, graph_module: torch.fx.GraphModule, observers: list):
+        super().__init__(graph_module)
+        self.observers = observers
+
+    def run_node(self, node: torch.fx.Node):
+        value = super().run_node(node)
+        if "role" in node.meta:
+            for observer in self.observers:
+                observer(*node.meta["role"], value)
+        return value
+
+
+def _set_dropout(module: torch.fx.GraphModule, training: bool) -> None:
+    nodes = module.graph.find_nodes(op="call_function", target=torch.ops.aten.dropout.default)
+    for node in nodes:
+        node.args = (*node.args[:2], training)
+    if nodes:
+        module.recompile()
+
+
+def _set_device(graph: torch.fx.Graph, device: torch.device) -> bool:
+    changed = False
+    for node in graph.nodes:
+        if "device" in node.kwargs and node.kwargs["device"] not in (None, device):
+            node.kwargs = {**node.kwargs, "device": device}
+            changed = True
+        if any(isinstance(arg, torch.device) and arg != device for arg in node.args):
+            node.args = tuple(device if isinstance(arg, torch.device) else arg for arg in node.args)
+            changed = True
+    return changed
+
+
+def _match_masks(graph: torch.fx.Graph) -> bool:
+    """Casts masks that are added to scores to the dtype of the query.
+
+    On a CPU, attention in float64 takes a mask of float32, and reads it as something else (PyTorch 2.13).
+    """
+    changed = False
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default):
+        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+        if mask is not None and mask.meta["val"].dtype in (torch.float16, torch.bfloat16, torch.float32):
+            with graph.inserting_before(node):
+                cast = graph.call_function(torch.ops.aten.type_as.default, (mask, node.args[0]))
+            cast.meta["val"] = mask.meta["val"]
+            node.replace_input_with(mask, cast)
+            changed = True
+    return changed

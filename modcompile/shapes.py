@@ -1,0 +1,182 @@
+"""Shapes of a graph's values: fake inputs from specs, and propagation of what is missing.
+
+Every tensor node carries ``meta["val"]``, a fake tensor whose dims are numbers or SymInts; every size node carries
+its SymInt. Symbols are shared: a dim of a side input that varies with the sequence has the sequence's symbol.
+"""
+
+import itertools
+import operator
+
+import sympy
+import torch
+import torch.fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from modcompile.spec import TensorSpec, dtype_from_name
+
+__all__ = ["ShapePropagation", "dim_expr", "fake_inputs", "fake_mode_of", "new_symbol", "propagate",
+           "propagate_alike", "propagate_missing", "shape_exprs", "size_value"]
+
+# Sizes that stand for a symbol while shapes are propagated: pairwise different, odd, and unlikely to equal a real dim.
+HINTS = (3, 57, 61, 67, 71, 73, 79)
+
+_serial = itertools.count()
+
+
+def new_symbol(shape_env: ShapeEnv, name: str, hint: int) -> torch.SymInt:
+    """A fresh symbolic size with the given hint; its range starts at 2."""
+    # Guards name their source; a counter keeps the names of equal symbols in different graphs apart.
+    source = ConstantSource(f"__{name}_{next(_serial)}")
+    symbol = shape_env.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+    return shape_env.create_symintnode(symbol, hint=hint, source=source)
+
+
+def fake_inputs(specs: list[TensorSpec], hints: dict[str, int] | None = None, like: torch.nn.Module | None = None
+                ) -> list[torch.Tensor]:
+    """Fake tensors for the specs, in a shape environment of their own; equal symbol names share a symbol.
+
+    Args:
+        specs: The inputs, in call order.
+        hints: The size that stands for a symbol while guards are decided, by its name.
+        like: The inputs are where this module's tensors are; by default on the CPU.
+    """
+    device = next((tensor.device for tensor in (*like.parameters(), *like.buffers())), None) if like else None
+    shape_env = ShapeEnv()
+    mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True, static_shapes=False)
+    names = list(dict.fromkeys(dim for spec in specs for dim in spec.shape if isinstance(dim, str)))
+    sizes = {name: new_symbol(shape_env, name, (hints or {}).get(name, HINTS[i % len(HINTS)]))
+             for i, name in enumerate(names)}
+    with mode:
+        return [torch.empty([sizes[d] if isinstance(d, str) else d for d in spec.shape],
+                            dtype=dtype_from_name(spec.dtype), device=device) for spec in specs]
+
+
+def fake_mode_of(graph_module: torch.fx.GraphModule) -> FakeTensorMode:
+    """The fake mode whose tensors the graph's placeholders carry."""
+    for node in graph_module.graph.nodes:
+        if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor):
+            return node.meta["val"].fake_mode
+    raise ValueError("the graph has no tensor input that carries a shape")
+
+
+def dim_expr(dim: int | torch.SymInt) -> sympy.Expr:
+    """A dim as a sympy expression: an integer, a symbol, or arithmetic on symbols."""
+    return dim.node.expr if isinstance(dim, torch.SymInt) else sympy.Integer(dim)
+
+
+def shape_exprs(node: torch.fx.Node) -> tuple[sympy.Expr, ...] | None:
+    """The dims of a tensor node as sympy expressions; None for what is not a tensor."""
+    value = node.meta.get("val")
+    return tuple(dim_expr(d) for d in value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def size_value(node: object) -> sympy.Expr | None:
+    """The expression of a node that computes a size; None for any other node or value."""
+    value = node.meta.get("val") if isinstance(node, torch.fx.Node) else None
+    return value.node.expr if isinstance(value, torch.SymInt) else None
+
+
+class ShapePropagation(torch.fx.Interpreter):
+    """Runs a graph on fake tensors and records each value in ``meta["val"]``; with ``missing_only``, only new nodes."""
+
+    def __init__(self, graph_module: torch.fx.GraphModule, mode: FakeTensorMode, missing_only: bool = False):
+        super().__init__(graph_module, garbage_collect_values=False)
+        self.mode, self.missing_only = mode, missing_only
+
+    def run_node(self, node: torch.fx.Node):
+        """Evaluates one node on fake values, or takes the value it already carries."""
+        if self.missing_only and "val" in node.meta and node.op != "output":
+            return node.meta["val"]
+        if node.op == "get_attr":
+            value = self.fetch_attr(node.target)
+            result = self.mode.from_tensor(value, static_shapes=True) if isinstance(value, torch.Tensor) else value
+        else:
+            result = super().run_node(node)
+        if node.op != "output":
+            node.meta["val"] = result
+        return result
+
+    def call_module(self, target, args, kwargs):
+        """A sub-graph's output follows from the symbols of its inputs; another module runs on fake tensors."""
+        module = self.fetch_attr(target)
+        with self.mode:
+            if isinstance(module, torch.fx.GraphModule):
+                return _apply_shapes(module.graph, args)
+            return module(*args, **kwargs)
+
+    def call_function(self, target, args, kwargs):
+        """ATen and modcompile ops run on fake tensors."""
+        with self.mode:
+            return target(*args, **kwargs)
+
+
+def _apply_shapes(graph: torch.fx.Graph, args: tuple) -> torch.Tensor:
+    """The output of a sub-graph whose shapes are known for symbolic inputs, at the sizes of these arguments."""
+    sizes: dict[sympy.Expr, int | torch.SymInt] = {}
+    for node, value in zip(graph.find_nodes(op="placeholder"), args, strict=True):
+        for expr, size in zip(shape_exprs(node) or (), value.shape, strict=True):
+            if expr.is_Symbol:
+                sizes.setdefault(expr, size)
+    result = graph.output_node().args[0]
+    shape = [int(expr) if expr.is_number else sizes[expr] for expr in shape_exprs(result) or ()]
+    return args[0].new_empty(shape, dtype=result.meta["val"].dtype)
+
+
+def propagate(graph_module: torch.fx.GraphModule, inputs: list) -> None:
+    """Records the shape of every value of the graph for the given fake inputs."""
+    mode = next(value.fake_mode for value in inputs if isinstance(value, FakeTensor))
+    with torch.no_grad():
+        ShapePropagation(graph_module, mode).run(*inputs)
+
+
+def propagate_alike(body: torch.fx.GraphModule, specs: list[TensorSpec], hints: dict[str, int], known: dict) -> None:
+    """Records a sub-graph's shapes for the given inputs, once per kind of sub-graph.
+
+    The layers of a model differ in their parameters only: what was found for one holds for the next.
+
+    Args:
+        body: The sub-graph.
+        specs: Its inputs.
+        hints: The sizes that stand for their symbols.
+        known: What was found so far, by kind; kept by the caller.
+    """
+    place = {node: i for i, node in enumerate(body.graph.nodes)}
+
+    def of(node: torch.fx.Node) -> object:
+        if node.op == "get_attr":
+            value = operator.attrgetter(node.target)(body)
+            return value.shape, value.dtype, value.device
+        return str(node.target) if node.op == "call_function" else node.op
+
+    kind = (*((spec.dtype, spec.shape) for spec in specs), *(
+        (of(node), str(torch.fx.node.map_arg((node.args, node.kwargs), lambda arg: place[arg])))
+        for node in body.graph.nodes))
+    if kind not in known:
+        propagate(body, fake_inputs(specs, hints, body))
+        known[kind] = [node.meta.get("val") for node in body.graph.nodes]
+    for node, value in zip(body.graph.nodes, known[kind], strict=True):
+        if node.op != "output":
+            node.meta["val"] = value
+
+
+def propagate_missing(graph_module: torch.fx.GraphModule) -> None:
+    """Records the shape of every value that carries none yet, here and in the sub-graphs it calls.
+
+    A graph whose inputs carry no shapes is left as it is.
+    """
+    for node in graph_module.graph.nodes:
+        if node.op == "placeholder" and "val" not in node.meta:
+            return
+    placeholders = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
+    mode = next((v.fake_mode for v in placeholders if isinstance(v, FakeTensor)), None)
+    if mode is None:
+        return
+    with torch.no_grad():
+        ShapePropagation(graph_module, mode, missing_only=True).run(*placeholders)
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module":
+            inner = graph_module.get_submodule(str(node.target))
+            if isinstance(inner, torch.fx.GraphModule):
+                propagate_missing(inner)

@@ -1,0 +1,397 @@
+"""A captured model is called like its source, returns what it returns, and says why where it cannot be captured."""
+
+import collections
+import copy
+import dataclasses
+from typing import NamedTuple
+
+import pytest
+import torch
+from tiny import Mlp, Stack
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from modcompile.capture import capture
+from modcompile.errors import UnsupportedGraphError, UsageError
+
+# B batch  S rows  D model dim
+
+
+class Flexible(nn.Module):
+    """Takes what a forward may take, and returns it in a type of choice."""
+
+    def __init__(self, wrap=lambda x, y: x):
+        super().__init__()
+        self.linear, self.wrap = nn.Linear(8, 8), wrap
+
+    def forward(self, hidden, bias=None, *, scale: float = 1.0, flip: bool = False, extra=None, **others):
+        hidden = self.linear(hidden) * scale
+        if bias is not None:
+            hidden = hidden + bias
+        if flip:
+            hidden = -hidden
+        if extra is not None:
+            hidden = hidden + extra["a"] * extra["b"][0]
+        for other in others.values():
+            hidden = hidden + other
+        return self.wrap(hidden, hidden.mean(1))
+
+
+class Pair(NamedTuple):
+    hidden: Tensor
+    mean: Tensor
+
+
+class Named(collections.OrderedDict):
+    """Dict-like, as transformers' outputs are: keys are attributes, None is no entry."""
+
+    def __init__(self, hidden=None, loss=None, mean=None):
+        super().__init__((k, v) for k, v in (("hidden", hidden), ("loss", loss), ("mean", mean)) if v is not None)
+        self.__dict__.update(hidden=hidden, loss=loss, mean=mean)
+
+
+pytree.register_pytree_node(
+    Named, lambda named: (list(named.values()), list(named)),
+    lambda values, keys: Named(**dict(zip(keys, values, strict=True))), serialized_type_name="tests.Named")
+
+
+def rows(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_alike(graph, model, *args, **kwargs):
+    with torch.no_grad():
+        actual, expected = graph(*args, **kwargs), model(*args, **kwargs)
+    assert type(actual) is type(expected)
+    actual, expected = pytree.tree_flatten(actual), pytree.tree_flatten(expected)
+    assert actual[1] == expected[1]
+    assert all(torch.equal(a, b) if isinstance(b, Tensor) else a == b
+               for a, b in zip(actual[0], expected[0], strict=True))
+
+
+# Inputs
+
+
+def test_positional_and_by_name_are_one_call():
+    model = Flexible()
+    graph = capture(model, (rows(2, 5, 8), rows(5, 8)))
+    x, bias = rows(3, 63, 8), rows(63, 8)
+    assert [str(spec) for spec in graph.inputs] == ["hidden float32 [batch, sequence, 8]", "bias float32 [sequence, 8]"]
+    assert_alike(graph, model, x, bias)
+    assert_alike(graph, model, x, bias=bias)
+    assert_alike(graph, model, bias=bias, hidden=x)
+
+
+def test_a_single_tensor_and_a_mapping_are_example_inputs():
+    model = Flexible()
+    assert capture(model, rows(2, 5, 8)).inputs == capture(model, collections.UserDict(hidden=rows(2, 5, 8))).inputs
+
+
+def test_nested_inputs_and_variable_names():
+    model = Flexible()
+    extra = {"a": rows(2, 5, 8), "b": (rows(8),)}
+    graph = capture(model, {"hidden": rows(2, 5, 8), "extra": extra, "more": rows(8)})
+    assert [spec.name for spec in graph.inputs] == ["hidden", "extra.a", "extra.b.0", "more"]
+    x = rows(3, 63, 8)
+    assert_alike(graph, model, x, extra={"a": x, "b": (rows(8, seed=3),)}, more=rows(8, seed=4))
+    with pytest.raises(UsageError, match="argument extra is not what the model was captured with"):
+        graph(x, extra={"a": x}, more=rows(8))
+    assert "forward" not in vars(model)
+
+
+def test_constants_are_fixed_at_their_example():
+    model = Flexible()
+    graph = capture(model, {"hidden": rows(2, 5, 8), "scale": 2.0, "flip": True})
+    x = rows(3, 63, 8)
+    assert len(graph.inputs) == 1
+    with torch.no_grad():
+        assert torch.equal(graph(x), model(x, scale=2.0, flip=True))
+    assert_alike(graph, model, x, scale=2.0, flip=True)
+    with pytest.raises(UsageError, match="argument flip is not what the model was captured with") as caught:
+        graph(x, flip=False)
+    assert caught.value.details["expected"] == "True" and caught.value.details["found"] == "False"
+
+
+def test_names_that_are_no_identifiers():
+    class Odd(nn.Module):
+        def forward(self, hidden, extra):
+            return hidden * extra["my-key"] + extra["class"]
+
+    model = Odd()
+    graph = capture(model, (rows(2, 5, 8), {"my-key": rows(8), "class": rows(8, seed=2)}))
+    assert [spec.name for spec in graph.inputs] == ["hidden", "extra.my-key", "extra.class"]
+    assert_alike(graph, model, rows(3, 63, 8), {"my-key": rows(8, seed=3), "class": rows(8, seed=4)})
+    with pytest.raises(UsageError, match="two inputs would have one name in the graph") as caught:
+        capture(model, (rows(2, 5, 8), {"my-key": rows(8), "my_key": rows(8), "class": rows(8)}))
+    assert caught.value.details["found"] == "hidden, extra.my-key, extra.my_key, extra.class"
+
+
+def test_a_constant_may_come_by_a_variable_name():
+    model = Flexible()
+    graph = capture(model, {"hidden": rows(2, 5, 8), "more": 2.0})
+    assert_alike(graph, model, rows(3, 63, 8), more=2.0)
+    with pytest.raises(UsageError, match="argument more is not what the model was captured with"):
+        graph(rows(3, 63, 8), more=3.0)
+
+
+def test_a_forward_of_the_instances_own_stays():
+    model = Stack(Mlp())
+    model.forward = own = lambda hidden: model.layers[0](hidden) * 2
+    graph = capture(model, (rows(2, 5, 8),))
+    assert model.forward is own
+    assert_alike(graph, model, rows(3, 63, 8))
+
+
+def test_a_cache_is_not_captured():
+    class Cached(Stack):
+        def forward(self, hidden, use_cache=True):
+            out = super().forward(hidden)
+            return (out, [out]) if use_cache else (out,)
+
+    model = Cached(Mlp())
+    graph = capture(model, (rows(2, 5, 8),))
+    assert_alike(graph, model, rows(3, 63, 8), use_cache=False)
+    assert len(graph(rows(1, 4, 8))) == 1
+
+
+def test_what_a_call_may_not_be():
+    graph = capture(Flexible(), (rows(2, 5, 8), rows(5, 8)))
+    x, bias = rows(3, 63, 8), rows(63, 8)
+    for call, problem in [
+        (lambda: graph(x), "input bias is missing"),
+        (lambda: graph(x, bias, bias=bias), "argument bias was given twice"),
+        (lambda: graph(x, bias, 1.0, False, None, 7), "too many positional arguments"),
+        (lambda: graph(x, bias, hiden=x), "unexpected input hiden"),
+        (lambda: graph(x.double(), bias), "input hidden has the wrong dtype"),
+        (lambda: graph(x[0], bias), "input hidden has the wrong rank"),
+        (lambda: graph(x[..., :7], bias), "dim 2 of input hidden does not fit"),
+        (lambda: graph(x, bias[:5]), "dim 0 of input bias does not fit"),
+        (lambda: graph("x", bias), "argument hidden is not what the model was captured with"),
+    ]:
+        with pytest.raises(UsageError) as caught:
+            call()
+        assert caught.value.problem == problem
+    assert graph(x, bias, extra=None).shape == x.shape
+
+
+@pytest.mark.parametrize(("example", "problem"), [
+    (None, "example_inputs are not the arguments of a call"),
+    (3, "example_inputs are not the arguments of a call"),
+    ({}, "example_inputs do not fit the model's forward"),
+    ({"hiden": torch.zeros(2, 5, 8)}, "example_inputs do not fit the model's forward"),
+    ({"hidden": 3}, "example_inputs hold no tensor"),
+    ({"hidden": torch.zeros(0, 5, 8)}, "an example input is empty"),
+])
+def test_examples_that_do_not_fit(example, problem):
+    model = Stack(Mlp()) if isinstance(example, dict) and "hiden" in example else Flexible()
+    with pytest.raises(UsageError) as caught:
+        capture(model, example)
+    assert caught.value.problem == problem and caught.value.details["where"] == "example_inputs"
+
+
+# Outputs
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda x, y: x,
+    lambda x, y: (x, y),
+    lambda x, y: [x, (y, None)],
+    lambda x, y: {"x": x, "inner": {"y": y, "n": 3}},
+    lambda x, y: (x,),
+    Pair,
+    lambda x, y: Named(hidden=x, mean=y),
+    lambda x, y: (x, x),
+], ids=["tensor", "tuple", "list", "dict", "one", "named tuple", "dict-like", "twice"])
+def test_outputs_keep_their_type(wrap):
+    model = Flexible(wrap)
+    graph = capture(model, (rows(2, 5, 8),))
+    assert_alike(graph, model, rows(3, 63, 8))
+
+
+def test_names_of_outputs():
+    graph = capture(Flexible(lambda x, y: {"x": x, "inner": (y, x.sum())}), (rows(2, 5, 8),))
+    assert [str(spec) for spec in graph.outputs] == [
+        "x float32 [batch, sequence, 8]", "inner.0 float32 [batch, 8]", "inner.1 float32 []"]
+    assert [spec.name for spec in capture(Flexible(lambda x, y: (x, y)), (rows(2, 5, 8),)).outputs] == [
+        "output_0", "output_1"]
+
+
+def test_an_output_type_that_cannot_be_kept():
+    @dataclasses.dataclass
+    class Kept:
+        x: Tensor
+
+    torch.export.register_dataclass(Kept, serialized_type_name="tests.Kept")
+    with pytest.raises(UnsupportedGraphError, match="type that cannot be kept") as caught:
+        capture(Flexible(lambda x, y: Kept(x)), (rows(2, 5, 8),))
+    assert "Kept" in caught.value.details["found"]
+
+
+# Sizes
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 8), (2, 5, 8), (8, 5, 8), (5, 5, 8), (2, 8, 8), (2, 2, 8)])
+def test_any_example_makes_a_dynamic_batch_and_sequence(shape):
+    model = Stack(Mlp())
+    graph = capture(model, (rows(*shape),))
+    assert graph.inputs[0].shape == ("batch", "sequence", 8)
+    for other in ((3, 63, 8), (1, 63, 8), (3, 1, 8), (1, 1, 8)):
+        assert_alike(graph, model, rows(*other))
+
+
+def test_the_example_is_left_as_it_was():
+    class Writes(Stack):
+        def forward(self, hidden):
+            hidden += 1
+            return super().forward(hidden)
+
+    x = rows(1, 5, 8)
+    capture(Writes(Mlp()), (x,))
+    assert torch.equal(x, rows(1, 5, 8))
+
+
+def test_static_sizes_on_request():
+    graph = capture(Stack(Mlp()), (rows(2, 5, 8),), dynamic=False)
+    assert graph.inputs[0].shape == (2, 5, 8) and graph.hints == {}
+    with pytest.raises(UsageError, match="dim 1 of input hidden does not fit"):
+        graph(rows(2, 6, 8))
+
+
+def test_an_image_has_a_sequence_of_its_own_size():
+    class Patches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patch = nn.Conv2d(3, 8, 4, 4)
+            self.positions = nn.Parameter(torch.randn(1, 9, 8))
+
+        def forward(self, image):
+            if image.shape[2:] != (12, 12):
+                raise ValueError("an image has 12 x 12 pixels")
+            return self.patch(image).flatten(2).transpose(1, 2) + self.positions
+
+    model = Patches()
+    graph = capture(model, (rows(1, 3, 12, 12),))
+    assert graph.inputs[0].shape == ("batch", 3, 12, 12) and graph.outputs[0].shape == ("batch", 9, 8)
+    assert_alike(graph, model, rows(3, 3, 12, 12))
+
+
+class TwoLengths(nn.Module):
+    def forward(self, words, memory):
+        return words.sum(1) + memory.sum(1)
+
+
+def test_two_lengths_of_different_size_stay_apart():
+    graph = capture(TwoLengths(), (rows(2, 5, 8), rows(2, 7, 8)))
+    assert [spec.shape[:2] for spec in graph.inputs] == [("batch", "sequence"), ("batch", "memory_1")]
+    assert graph.hints == {"batch": 2, "sequence": 5, "words_2": 8, "memory_1": 7}
+    assert_alike(graph, TwoLengths(), rows(3, 63, 8), rows(3, 33, 8))
+    with pytest.raises(UsageError, match="dim 0 of input memory does not fit"):
+        graph(rows(3, 63, 8), rows(2, 33, 8))
+
+
+def test_two_lengths_of_equal_size_are_one():
+    graph = capture(TwoLengths(), (rows(2, 5, 8), rows(2, 5, 8)))
+    assert [spec.shape[:2] for spec in graph.inputs] == [("batch", "sequence")] * 2
+    with pytest.raises(UsageError, match="dim 1 of input memory does not fit"):
+        graph(rows(3, 63, 8), rows(3, 33, 8))
+
+
+# Models
+
+
+def test_data_dependent_control_flow():
+    class Branch(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(UnsupportedGraphError, match=r"torch\.export cannot trace the model") as caught:
+        capture(Branch(), (rows(2, 5, 8),))
+    assert caught.value.details["where"] == "Branch"
+    assert "data-dependent" in caught.value.details["expected"]
+    assert "data-dependent" in caught.value.details["found"].lower()
+
+
+def test_arguments_without_names():
+    class Rest(nn.Module):
+        def forward(self, *tensors):
+            return tensors[0]
+
+    with pytest.raises(UnsupportedGraphError, match="takes arguments without names") as caught:
+        capture(Rest(), (rows(2, 5, 8),))
+    assert caught.value.details["where"] == "tensors"
+
+
+def test_regions_without_gradients_or_autocast_are_in_the_graph():
+    class Regions(Stack):
+        def forward(self, hidden):
+            with torch.no_grad():
+                bias = hidden.mean(-1, keepdim=True)
+            with torch.autocast("cpu", enabled=False):
+                hidden = super().forward(hidden)
+            return hidden + bias
+
+    model = Regions(Mlp())
+    graph = capture(model, (rows(2, 5, 8),))
+    assert not any("higher_order" in str(node.target) for node in graph.graph_module.graph.nodes)
+    assert_alike(graph, model, rows(3, 63, 8))
+
+
+def test_a_region_under_autocast():
+    class Half(Stack):
+        def forward(self, hidden):
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(hidden)
+
+    with pytest.raises(UnsupportedGraphError, match="region under autocast") as caught:
+        capture(Half(Mlp()), (rows(2, 5, 8),))
+    assert "bfloat16" in caught.value.details["found"]
+
+
+def test_the_parameters_are_the_sources_own_and_in_its_order():
+    class Tied(Stack):
+        def __init__(self):
+            super().__init__(Mlp(), Mlp())
+            self.head = nn.Linear(8, 16)
+            self.head.weight = self.layers[0].up.weight
+            self.register_buffer("kept", torch.ones(8))
+            self.register_buffer("left", torch.ones(8), persistent=False)
+            self.unused = nn.Parameter(torch.ones(3))
+
+        def forward(self, hidden):
+            return self.head(super().forward(hidden) * self.kept + self.left)
+
+    model = Tied()
+    graph = capture(model, (rows(2, 5, 8),))
+    assert list(graph.state_dict()) == list(model.state_dict())
+    assert [name for name, _ in graph.named_parameters()] == [name for name, _ in model.named_parameters()]
+    assert all(a is b for a, b in zip(graph.parameters(), model.parameters(), strict=True))
+    assert graph.get_parameter("head.weight") is graph.get_parameter("layers.0.up.weight")
+    assert graph.non_persistent() == {"left"}
+    copied = copy.deepcopy(graph)
+    assert list(copied.state_dict()) == list(model.state_dict())
+    assert copied.get_parameter("head.weight") is copied.get_parameter("layers.0.up.weight")
+    assert not {id(p) for p in copied.parameters()} & {id(p) for p in graph.parameters()}
+    assert_alike(copied, model, rows(3, 63, 8))
+
+
+def test_the_source_stays_in_its_modes():
+    model = Stack(Mlp(), Mlp()).train()
+    model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    assert not capture(model, (rows(2, 5, 8),)).training
+    assert [module.training for module in model.modules()] == modes
+    with pytest.raises(UnsupportedGraphError):
+        capture(model, (rows(2, 5, 9),))
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_dropout_follows_the_mode():
+    graph = capture(Stack(Mlp(dropout=0.5)), (rows(2, 5, 8),))
+    x = rows(3, 63, 8)
+    expected = graph(x)
+    assert torch.equal(graph(x), expected)
+    graph.train()
+    assert not torch.equal(graph(x), graph(x))
+    copied = copy.deepcopy(graph)
+    assert copied.training and not torch.equal(copied(x), copied(x))
+    assert torch.equal(copied.eval()(x), expected) and torch.equal(graph.eval()(x), expected)
