@@ -1,0 +1,361 @@
+"""Finds what could be routed: repeated sub-modules that map one hidden state [B, S, D] to another.
+
+The graph alone decides. A block's nodes are those whose module stack holds its path; its hidden state is the one value
+that enters and leaves with the same shape; everything else that enters is a side input (mask, cos, sin), whose dims
+along the sequence are found by their symbol.
+"""
+
+import collections
+import dataclasses
+import fnmatch
+import re
+
+import sympy
+import torch
+import torch.fx
+
+from modcompile.capture import capture
+from modcompile.config import MoDConfig
+from modcompile.errors import UsageError
+from modcompile.model import GraphModel
+from modcompile.pass_manager import Skip
+from modcompile.shapes import shape_exprs, size_value
+
+__all__ = ["ROWS", "Block", "BlockReport", "BlockView", "Side", "analyse_block", "find_blocks", "select_blocks"]
+
+# B batch  S rows  D model dim
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """A side input of a block: a value from outside that is not the hidden state.
+
+    Attributes:
+        node: The value in the main graph.
+        rank: The rank that its consumer broadcasts it to; leading dims of 1 are added up to there.
+        rows: Dims, counted at that rank, that run along the sequence.
+        batched: Whether dim 0, at that rank, runs along the batch.
+    """
+
+    node: torch.fx.Node
+    rank: int
+    rows: tuple[int, ...]
+    batched: bool
+
+
+# Stands for the number of rows that a block sees, in the sizes inside it.
+ROWS = sympy.Symbol("rows", integer=True, positive=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockView:
+    """A block in its graph, ready to be outlined.
+
+    Attributes:
+        path: The module path.
+        hidden: The value that enters.
+        result: The value that leaves.
+        body: The nodes between them, in order. Nodes of the module that do not depend on the hidden state stay outside:
+            what they compute belongs to the original positions.
+        sides: The side inputs by (node, rank).
+        batch: The size of dim 0 of the hidden state, as an expression; ``rows``: of dim 1.
+    """
+
+    path: str
+    hidden: torch.fx.Node
+    result: torch.fx.Node
+    body: tuple[torch.fx.Node, ...]
+    sides: dict[tuple[torch.fx.Node, int], Side]
+    batch: sympy.Expr
+    rows: sympy.Expr
+
+    def in_rows(self, size: sympy.Expr) -> sympy.Expr:
+        """A size of the block, with ROWS for S."""
+        return _in_rows(size, self.batch, self.rows)
+
+
+def _in_rows(size: sympy.Expr, batch: sympy.Expr, rows: sympy.Expr) -> sympy.Expr:
+    if rows.is_number:
+        # Known where it stands alone, or multiplies the batch.
+        return {rows: ROWS, rows * batch: ROWS * batch}.get(size, size)
+    return size.xreplace({rows: ROWS})
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One repeated sub-module, and whether it can be routed.
+
+    Attributes:
+        path: Module path, such as "encoder.layer.1".
+        group: The path of the list it belongs to; ``index``: its place in it.
+        hidden_shape: Dims of the hidden state, if one was found.
+        reason: Why it cannot be routed; None if it can.
+    """
+
+    path: str
+    group: str
+    index: int
+    hidden_shape: tuple[int | str, ...] | None
+    reason: str | None
+
+    @property
+    def routable(self) -> bool:
+        """Whether the block can be routed."""
+        return self.reason is None
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockReport:
+    """The blocks of a model, in the order of its graph."""
+
+    blocks: tuple[Block, ...]
+
+    def __iter__(self):
+        return iter(self.blocks)
+
+    def __len__(self):
+        return len(self.blocks)
+
+    @property
+    def groups(self) -> dict[str, list[Block]]:
+        """The blocks of each list of modules."""
+        groups: dict[str, list[Block]] = {}
+        for block in self.blocks:
+            groups.setdefault(block.group, []).append(block)
+        return groups
+
+    @property
+    def routable(self) -> list[Block]:
+        """The blocks that can be routed."""
+        return [block for block in self.blocks if block.routable]
+
+
+def find_blocks(model: torch.nn.Module, example_inputs=None) -> BlockReport:
+    """What could be routed in a model, and for the rest why not.
+
+    Args:
+        model: A module (then with example inputs, as for ``capture``) or a GraphModel.
+        example_inputs: Arguments of the model's forward.
+
+    Example:
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> report = find_blocks(torch.nn.TransformerEncoder(layer, 2), (torch.randn(2, 5, 8),))
+        >>> [(block.path, block.routable) for block in report]
+        [('layers.0', True), ('layers.1', True)]
+    """
+    graph_model = model if isinstance(model, GraphModel) else capture(model, example_inputs)
+    graph = graph_model.graph_module.graph
+    placeholders = zip(graph.find_nodes(op="placeholder"), graph_model.inputs, strict=True)
+    names = {expr: spec.shape[i] for node, spec in placeholders for i, expr in enumerate(shape_exprs(node) or ())}
+    symbols = {expr: sympy.Symbol(name) for expr, name in names.items() if expr.is_Symbol}
+    blocks = []
+    for group, paths in _groups(graph).items():
+        for index, path in paths:
+            found = analyse_block(graph, path, [sibling for _, sibling in paths if sibling != path])
+            shape = None
+            if isinstance(found, BlockView):
+                exprs = [expr.xreplace(symbols) for expr in shape_exprs(found.hidden) or ()]
+                shape = tuple(int(expr) if expr.is_number else str(expr) for expr in exprs)
+            reason = _with_names(found.reason, names) if isinstance(found, Skip) else None
+            blocks.append(Block(path, group, index, shape, reason))
+    return BlockReport(tuple(blocks))
+
+
+def _with_names(text: str, names: dict) -> str:
+    """A reason with the inputs' names for symbols, which are numbered differently in every process."""
+    known = {str(symbol): str(name) for symbol, name in names.items()}
+    return re.sub(r"\bs\d+\b", lambda match: known.get(match[0], match[0]), text)
+
+
+def select_blocks(report: BlockReport, config: MoDConfig) -> list[str]:
+    """The paths that ``config.blocks`` names, in the model's order.
+
+    Raises:
+        UsageError: Nothing to route, an index or glob that names no block, or one that names a block that cannot be.
+    """
+    if not report.routable:
+        reasons = "; ".join(f"{b.path}: {b.reason}" for b in report.blocks[:4]) or "no repeated sub-modules"
+        raise UsageError("the model has no block that can be routed", found=reasons, where="find_blocks",
+                         expected="at least two numbered sub-modules that map a hidden state [B, S, D] to one of the "
+                         "same shape",
+                         fix="put the layers into an nn.ModuleList; modcompile inspect shows what was found")
+    if config.blocks in ("every-other", "all"):
+        chosen = {b.path for blocks in report.groups.values()
+                  for i, b in enumerate(b for b in blocks if b.routable) if config.blocks == "all" or i % 2 == 1}
+    else:
+        chosen = _named_blocks(report, (config.blocks,) if isinstance(config.blocks, str) else config.blocks)
+    if not chosen:
+        raise UsageError("blocks chooses nothing to route", found=repr(config.blocks), where="MoDConfig.blocks",
+                         expected="one or more of " + ", ".join(b.path for b in report.routable),
+                         fix='pass blocks="all", or name the blocks')
+    return [b.path for b in report if b.path in chosen]
+
+
+def _named_blocks(report: BlockReport, patterns: tuple[int, ...] | tuple[str, ...]) -> set[str]:
+    chosen = set()
+    for pattern in patterns:
+        matches = [b for b in report if (b.index == pattern if isinstance(pattern, int) else
+                                         fnmatch.fnmatchcase(b.path, pattern))]
+        if not matches:
+            raise UsageError(f"blocks names no block: {pattern!r}", where="MoDConfig.blocks", found=pattern,
+                             expected=", ".join(b.path for b in report))
+        # A glob may pass over what cannot be routed; an exact name or index may not.
+        exact = isinstance(pattern, int) or not re.search(r"[*?\[]", pattern)
+        for block in matches:
+            if block.reason and exact:
+                raise UsageError(f"block {block.path} cannot be routed", found=block.reason, where="MoDConfig.blocks",
+                                 expected="one of " + ", ".join(b.path for b in report.routable))
+        if not any(b.routable for b in matches):
+            raise UsageError(f"no block of {pattern!r} can be routed", found=matches[0].reason,
+                             where="MoDConfig.blocks", expected="one of " + ", ".join(b.path for b in report.routable))
+        chosen |= {b.path for b in matches if b.routable}
+    return chosen
+
+
+def module_paths(node: torch.fx.Node) -> list[str]:
+    """The module paths that a node was traced under, outermost first."""
+    return [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+
+
+def _groups(graph: torch.fx.Graph) -> dict[str, list[tuple[int, str]]]:
+    """Numbered siblings by their parent's path; lists inside a listed module are left to it."""
+    groups: dict[str, dict[int, str]] = collections.defaultdict(dict)
+    for node in graph.nodes:
+        for path in module_paths(node):
+            parent, _, number = path.rpartition(".")
+            if number.isdigit():
+                groups[parent][int(number)] = path
+    repeated = {parent: paths for parent, paths in groups.items() if len(paths) > 1}
+    outer = [p for paths in repeated.values() for p in paths.values()]
+    return {parent: sorted(paths.items()) for parent, paths in repeated.items()
+            if not any(parent == path or parent.startswith(path + ".") for path in outer)}
+
+
+def _tensor(node: torch.fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _describe(node: torch.fx.Node) -> str:
+    return f"{node.name} [{', '.join(map(str, shape_exprs(node) or ()))}]"
+
+
+def analyse_block(graph: torch.fx.Graph, path: str, siblings: list[str]) -> BlockView | Skip:
+    """The block at a path as it stands in the graph, or why it cannot be routed.
+
+    Args:
+        graph: The main graph, with shapes.
+        path: The block's module path.
+        siblings: Paths of the other blocks of its list; a value that they use too is not this block's hidden state.
+    """
+    members = [n for n in graph.nodes if n.op == "call_function" and path in module_paths(n)
+               and size_value(n) is None]
+    inside = set(members)
+    entering = list(dict.fromkeys(arg for n in members for arg in n.all_input_nodes
+                                  if arg not in inside and arg.op != "get_attr" and _tensor(arg)))
+    leaving = [n for n in members if _tensor(n) and any(user not in inside for user in n.users)]
+    shared = {n for n in entering if any(s in module_paths(user) for user in n.users for s in siblings)}
+    candidates = [n for n in entering if n.meta["val"].is_floating_point()
+                  and any(shape_exprs(n) == shape_exprs(out) for out in leaving)]
+    own = [n for n in candidates if n not in shared] or candidates
+    if len(own) != 1:
+        return Skip("no value enters and leaves with one shape" if not own else
+                    f"{len(own)} hidden inputs: {', '.join(map(_describe, own))}; a routed block has one", path)
+    hidden = own[0]
+    body = _reached(members, hidden)
+    results = [n for n in body if any(user not in inside for user in n.users)]
+    if len(results) != 1:
+        found = ", ".join(map(_describe, results))
+        return Skip(f"{len(results)} hidden outputs: {found}; a routed block has one", path)
+    result = results[0]
+    if shape_exprs(result) != shape_exprs(hidden) or result.meta["val"].dtype != hidden.meta["val"].dtype:
+        return Skip(f"the output {_describe(result)} is not shaped like the input {_describe(hidden)}", path)
+    exprs = shape_exprs(hidden) or ()
+    if len(exprs) != 3:
+        return Skip(f"the hidden state {_describe(hidden)} is not [B, S, D]", path)
+    batch, rows, width = exprs
+    return (_unfit(path, body, batch, rows, width) or _late_input(path, graph, body, result)
+            or _with_sides(path, hidden, result, body, batch, rows))
+
+
+def _reached(members: list[torch.fx.Node], hidden: torch.fx.Node) -> tuple[torch.fx.Node, ...]:
+    reached = {hidden}
+    for node in members:
+        if any(arg in reached for arg in node.all_input_nodes):
+            reached.add(node)
+    return tuple(node for node in members if node in reached)
+
+
+def _unfit(path: str, body, batch: sympy.Expr, rows: sympy.Expr, width: sympy.Expr) -> Skip | None:
+    """Layouts in which dim 1 is not, or cannot be told to be, the sequence."""
+    for node in body:
+        if node.target is SDPA and (shape_exprs(node.args[0]) or ())[-2] == batch:
+            return Skip("attention runs along dim 0 of the hidden state, which is [S, B, D]; a routed block has "
+                        "[B, S, D] (batch_first=True)", path)
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            return Skip(f"{node.name} = {node.target} writes in place", path)
+    if not any(arg.op == "get_attr" for node in body for arg in node.all_input_nodes):
+        return Skip("it has no parameters: there is too little in it to save", path)
+    if rows.is_number:
+        sizes = {width} | {e for n in body for arg in n.all_input_nodes if arg.op == "get_attr"
+                           for e in shape_exprs(arg) or ()}
+        if rows in sizes or rows == batch:
+            return Skip(f"S = {rows} is fixed and also the size of a parameter's dim, so the two cannot be told apart; "
+                        "choose an input with another number of tokens", path)
+        if rows == 1:
+            return Skip("S = 1: there is nothing to choose from", path)
+    return None
+
+
+def _late_input(path: str, graph: torch.fx.Graph, body, result: torch.fx.Node) -> Skip | None:
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    late = [arg for node in body for arg in node.all_input_nodes if order[arg] > order[result]]
+    return Skip(f"{late[0].name} is computed after the block's output and used in it", path) if late else None
+
+
+def _with_sides(path, hidden, result, body, batch, rows) -> BlockView | Skip:
+    inside, sides = {hidden, *body}, {}
+    known = {e for e in (batch, ROWS) if e.is_Symbol}
+    for node in body:
+        for arg in node.all_input_nodes:
+            if arg in inside or not _tensor(arg) or (arg.op == "get_attr" and arg.target.startswith(f"{path}.")):
+                continue
+            known |= {e for e in (_in_rows(e, batch, rows) for e in shape_exprs(arg) or ()) if e.is_Symbol}
+            side = _side(arg, node, batch, rows)
+            if isinstance(side, Skip):
+                return Skip(side.reason, path)
+            sides[arg, side.rank] = side
+    for node in body:
+        for arg in node.all_input_nodes:
+            expr = size_value(arg)
+            if expr is not None and not _in_rows(expr, batch, rows).free_symbols <= known:
+                return Skip(f"{node.name} uses the size {expr}, which no input of the block carries", path)
+    return BlockView(path, hidden, result, body, sides, batch, rows)
+
+
+def side_rank(arg: torch.fx.Node, user: torch.fx.Node) -> int:
+    """The rank at which a consumer reads a side input: its output's where it broadcasts, else the value's own."""
+    broadcasts = isinstance(user.target, torch._ops.OpOverload) and torch.Tag.pointwise in user.target.tags
+    if user.target is SDPA and len(user.args) > 3 and user.args[3] is arg:
+        return len(shape_exprs(user.args[0]) or ())
+    if user.target is SDPA and user.kwargs.get("attn_mask") is arg:
+        return len(shape_exprs(user.args[0]) or ())
+    return len(shape_exprs(user) or ()) if broadcasts else len(shape_exprs(arg) or ())
+
+
+def _side(arg: torch.fx.Node, user: torch.fx.Node, batch: sympy.Expr, rows: sympy.Expr) -> Side | Skip:
+    exprs = shape_exprs(arg) or ()
+    own = [i for i, e in enumerate(exprs) if e == rows]
+    for expr in exprs:
+        if expr != rows and ROWS in _in_rows(expr, batch, rows).free_symbols:
+            return Skip(f"the side input {_describe(arg)} has a dim of {expr}, which cannot be gathered")
+    if not own and batch not in exprs:
+        # Nothing to gather: parameters, tables and scalars go in as they are.
+        return Side(arg, len(exprs), (), False)
+    rank = side_rank(arg, user)
+    lead = rank - len(exprs)
+    aligned = (sympy.Integer(1),) * lead + exprs
+    side = Side(arg, rank, tuple(i + lead for i in own), aligned[0] == batch)
+    if aligned[0] != batch and (batch in aligned or (own and aligned[0] != 1)):
+        return Skip(f"the side input {_describe(arg)} of {user.name} has no leading batch dim to gather along")
+    return side

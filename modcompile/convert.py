@@ -1,0 +1,149 @@
+"""From a dense model to its Mixture-of-Depths form: capture, find blocks, outline, route."""
+
+from fractions import Fraction
+
+import torch
+from torch import nn
+
+from modcompile.blocks import BlockReport, find_blocks, select_blocks
+from modcompile.capture import capture
+from modcompile.config import MoDConfig
+from modcompile.errors import UsageError
+from modcompile.manifest import RoutedBlock
+from modcompile.model import GraphModel, MoDModel
+from modcompile.pass_manager import Pass, PassManager
+from modcompile.passes.attend_to_all import AttendToAll
+from modcompile.passes.fuse_attention import FuseAttention
+from modcompile.passes.outline_blocks import OutlineBlocks
+from modcompile.passes.round_capacity import RoundCapacity
+from modcompile.passes.route_blocks import RouteBlocks
+from modcompile.passes.split_fused_qkv import SplitFusedQkv
+from modcompile.program import Program
+from modcompile.routers import Router, router_path
+from modcompile.shapes import fake_inputs, propagate
+
+__all__ = ["convert", "padding_mask", "routing_passes"]
+
+DEFAULT_MASK = "attention_mask"
+
+
+def convert(model: nn.Module, example_inputs=None, config: MoDConfig | None = None) -> MoDModel:
+    """Rewrites a dense model so that chosen blocks process only the K rows that a router picks.
+
+    The result shares the model's parameters. Its routers start at weight 0 and bias 1: every row has the same logit,
+    and the first K valid rows of a sequence are taken, until the routers are trained or calibrated.
+
+    Args:
+        model: A dense module, or a GraphModel from ``capture``.
+        example_inputs: Arguments of the model's forward, as for ``capture``; not needed for a GraphModel.
+        config: What to route; the paper's choice by default.
+
+    Returns:
+        A MoDModel that is called like the model and returns what it returns.
+
+    Raises:
+        UsageError: Options that do not fit the model.
+        UnsupportedGraphError: A model that cannot be captured, or a block that cannot be rewritten.
+
+    Example:
+        >>> layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> mod = convert(nn.TransformerEncoder(layer, 2), (torch.randn(2, 5, 8),), MoDConfig(capacity_ratio=0.5))
+        >>> list(mod.routers), mod(torch.randn(3, 7, 8)).shape
+        (['layers.1'], torch.Size([3, 7, 8]))
+    """
+    config = config or MoDConfig()
+    source = model if isinstance(model, GraphModel) else capture(model, example_inputs)
+    report = find_blocks(source)
+    routed = select_blocks(report, config)
+    described = _describe(report, routed, config)
+    graph_module = source.program.copy().assemble(source.tensors(), non_persistent=source.non_persistent())
+    hints = _roomy_hints(source.hints, described)
+    if hints != source.hints:
+        try:
+            propagate(graph_module, fake_inputs(list(source.inputs), hints, source))
+        except RuntimeError:
+            # Longer than the model can be, as a table of positions may say: no size that it takes has more room.
+            hints = source.hints
+            propagate(graph_module, fake_inputs(list(source.inputs), hints, source))
+    # Every block that can be, so that any of them can be dropped, and their borders compared.
+    outline = PassManager([OutlineBlocks(tuple(block.path for block in report.routable))])
+    outline(graph_module)
+    dense_program = Program.of(graph_module).copy()
+    for path in routed:
+        _add_router(graph_module, path, report)
+    manager = PassManager(routing_passes(source, routed, config))
+    manager(graph_module)
+    made = MoDModel(graph_module, source.interface, hints, [*source.passes, *outline.ran, *manager.ran], config,
+                    described, dense_program)
+    return made.train(model.training)
+
+
+def routing_passes(source: GraphModel, routed: list[str], config: MoDConfig) -> list[Pass]:
+    """The pipeline on the outlined graph, read top to bottom."""
+    paths, ratios = tuple(routed), tuple(str(ratio) for ratio in config.ratios(routed))
+    # A whole sequence attends to itself either way, so only rows need the split.
+    split = config.attend_to == "all" and config.axis == "token"
+    return [
+        *([
+            # Attention written out as products and a softmax becomes one node, which the next two look for.
+            FuseAttention(paths),
+            # Queries of rows that pass by are never needed: a fused projection would compute them.
+            SplitFusedQkv(paths),
+            # Keys and values from all rows, everything else from the chosen ones.
+            AttendToAll(paths),
+        ] if split else []),
+        RouteBlocks(paths, ratios, config.gate, config.axis, padding_mask(source, config)),
+        # Last: it needs the capacities that routing computes.
+        RoundCapacity(config.capacity_multiple),
+    ]
+
+
+def padding_mask(source: GraphModel, config: MoDConfig) -> str | None:
+    """The name of the padding mask's input, with its "~"; None if every row is valid.
+
+    Raises:
+        UsageError: The configuration names no input of shape [B, S].
+    """
+    name = (config.padding_mask or DEFAULT_MASK).removeprefix("~")
+    spec = next((spec for spec in source.inputs if spec.name == name), None)
+    if spec is None or len(spec.shape) != 2:
+        if config.padding_mask is None:
+            return None
+        raise UsageError("padding_mask names no input of shape [B, S]", expected=source.interface.summary(),
+                         found=config.padding_mask, where="MoDConfig.padding_mask",
+                         fix="name one of the inputs, and give it in example_inputs")
+    return config.padding_mask or DEFAULT_MASK
+
+
+def _add_router(graph_module: torch.fx.GraphModule, path: str, report: BlockReport) -> None:
+    width = next(block.hidden_shape[-1] for block in report if block.path == path)
+    parameter = next(graph_module.parameters())
+    graph_module.add_submodule(router_path(path), Router(width, parameter.device))
+
+
+def _roomy_hints(hints: dict[str, int], blocks: list[RoutedBlock]) -> dict[str, int]:
+    """Sizes at which every capacity that may vary is at least 2, and less than the rows where it can be.
+
+    A size of 1, or two sizes that happen to be equal, would be taken for fixed while shapes are propagated.
+    """
+    made = dict(hints)
+    for block in blocks:
+        # An S that is computed from other sizes keeps its own.
+        if block.rows in made and (ratio := Fraction(block.capacity_ratio)) < 1:
+            size = max(made[block.rows], int(1 / ratio) + 1 if block.multiple == 1 else block.multiple + 1)
+            while block.capacity_for(size) == size and size < 2 * block.multiple + 8:
+                size += 1
+            made[block.rows] = size
+    return made
+
+
+def _describe(report: BlockReport, routed: list[str], config: MoDConfig) -> list[RoutedBlock]:
+    shapes = {block.path: block.hidden_shape for block in report}
+    made = []
+    for path, ratio in zip(routed, config.ratios(routed), strict=True):
+        rows = shapes[path][1 if config.axis == "token" else 0]
+        block = RoutedBlock(path=path, capacity_ratio=f"{ratio.numerator}/{ratio.denominator}", rows=str(rows),
+                            multiple=config.capacity_multiple, attend_to=config.attend_to, gate=config.gate,
+                            axis=config.axis)
+        made.append(block.at({str(rows): rows}) if isinstance(rows, int) else block)
+    return made

@@ -1,0 +1,80 @@
+"""Computes every size once, at the top, from the inputs.
+
+    before:  %s1 = aten.sym_size.int(%h, 1)      in every block, from whatever tensor was at hand
+             %v = aten.view(%h, [%s0, %s1, 4, 8])
+    after:   %size_0 = aten.sym_size.int(%input_ids, 1)
+             ...
+             %v = aten.view(%h, [%size_1, %size_0, 4, 8])
+
+Why: a size read inside a block ties the block to that tensor. Once sizes are plain values of the graph, outlining can
+give each block its own: K rows, not S.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+import torch.fx
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+from modcompile.pass_manager import Pass, PassResult
+from modcompile.shapes import size_value
+
+__all__ = ["HoistSizes", "emit_size"]
+
+
+def emit_size(graph: torch.fx.Graph, expr, symbols: dict) -> torch.fx.Node | int:
+    """Nodes that compute a size expression, at the graph's insertion point; a plain integer where it has no symbol.
+
+    Args:
+        graph: Where the nodes go.
+        expr: A sympy expression over the keys of ``symbols``.
+        symbols: The node that holds each symbol's value.
+    """
+    if expr.is_number:
+        return int(expr)
+    tracer = torch.fx.proxy.GraphAppendingTracer(graph)
+    proxies = {symbol: torch.fx.Proxy(node, tracer) for symbol, node in symbols.items()}
+    return sympy_interp(PythonReferenceAnalysis, proxies, expr).node
+
+
+@dataclasses.dataclass(frozen=True)
+class HoistSizes(Pass):
+    """Replaces every computed size by one computed from the inputs' dims."""
+
+    name: ClassVar[str] = "hoist-sizes"
+
+    def call(self, graph_module: torch.fx.GraphModule) -> PassResult:
+        """One node per distinct size, right after the inputs."""
+        graph = graph_module.graph
+        sizes = [node for node in graph.nodes if size_value(node) is not None]
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        if not sizes or all(node.meta.get("hoisted") for node in sizes):
+            return PassResult(graph_module, False)
+        first = next(node for node in graph.nodes if node.op != "placeholder")
+        with graph.inserting_before(first):
+            symbols: dict = {}
+            for node in placeholders:
+                for dim, size in enumerate(node.meta["val"].shape):
+                    if isinstance(size, torch.SymInt) and size.node.expr not in symbols:
+                        symbols[size.node.expr] = self._place(graph, node, dim, size)
+            known: dict = dict(symbols)
+            for node in sizes:
+                expr = size_value(node)
+                if expr is not None and expr.free_symbols <= set(symbols):
+                    if expr not in known:
+                        known[expr] = emit_size(graph, expr, symbols)
+                    node.replace_all_uses_with(known[expr])
+        # What is now at the top stays there: a second run finds nothing to do.
+        for node in graph.nodes:
+            if node is first:
+                break
+            node.meta["hoisted"] = True
+        return PassResult(graph_module, True)
+
+    @staticmethod
+    def _place(graph: torch.fx.Graph, source: torch.fx.Node, dim: int, size: torch.SymInt) -> torch.fx.Node:
+        node = graph.call_function(torch.ops.aten.sym_size.int, (source, dim))
+        node.meta["val"] = size
+        return node

@@ -1,0 +1,72 @@
+"""Removes what tracing leaves behind and what changes nothing.
+
+    before:  %a = aten._assert_tensor_metadata(%x, dtype=float32)
+             %b: float32[B, S, D] = aten.to.dtype(%x, float32)         x is float32 already
+             %c: float32[B, S, D] = aten.slice(%b, 1, 0, 9223372036854775807)
+             %y = aten.add(%c, 1)
+    after:   %y = aten.add(%x, 1)
+
+Why: assertions fix devices, and an identity between a block's input and its residual addition hides that both are the
+same value, so the block would seem to have two hidden inputs.
+
+1. Assertions on metadata and sizes go.
+2. A cast to the dtype that the value has goes.
+3. A slice, expand or reshape that gives its input's shape goes; so do alias and contiguous.
+4. A view becomes a reshape: strides are the source's, and gathered rows have others.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+import torch.fx
+
+from modcompile.pass_manager import Pass, PassResult
+from modcompile.shapes import shape_exprs
+
+__all__ = ["RemoveNoops"]
+
+aten = torch.ops.aten
+ASSERTIONS = (aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range.default,
+              aten.sym_constrain_range_for_size.default, aten._assert_async.msg)
+CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.to.other)
+RESHAPES = (aten.slice.Tensor, aten.expand.default, aten.reshape.default)
+COPIES = (aten.alias.default, aten.contiguous.default, aten.lift_fresh_copy.default)
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoveNoops(Pass):
+    """Removes assertions and identities."""
+
+    name: ClassVar[str] = "remove-noops"
+
+    def call(self, graph_module: torch.fx.GraphModule) -> PassResult:
+        """Removes the nodes of cases 1 to 3, and reshapes those of case 4."""
+        modified = False
+        for node in list(graph_module.graph.nodes):
+            if node.target is aten.view.default:
+                node.target = aten.reshape.default
+                modified = True
+            if node.target in ASSERTIONS:
+                graph_module.graph.erase_node(node)
+                modified = True
+            elif self._is_identity(node):
+                node.replace_all_uses_with(node.args[0])
+                graph_module.graph.erase_node(node)
+                modified = True
+        return PassResult(graph_module, modified)
+
+    @staticmethod
+    def _is_identity(node: torch.fx.Node) -> bool:
+        if node.op != "call_function" or not node.args or not isinstance(node.args[0], torch.fx.Node):
+            return False
+        source, value = node.args[0].meta.get("val"), node.meta.get("val")
+        if not isinstance(source, torch.Tensor) or not isinstance(value, torch.Tensor):
+            return False
+        if node.target in CASTS:
+            return source.dtype == value.dtype and source.device == value.device and not node.kwargs.get("copy")
+        same = shape_exprs(node) == shape_exprs(node.args[0])
+        if node.target is aten.slice.Tensor:
+            # A slice with a step of its own never keeps the shape, except over one row.
+            return same and (len(node.args) < 5 or node.args[4] == 1)
+        return node.target in COPIES or (same and node.target in RESHAPES)

@@ -1,0 +1,155 @@
+"""Half precision: what is cast, what stays float32, and how far the numbers move."""
+
+import operator
+
+import pytest
+import torch
+from modcompile.passes.cast_precision import CastPrecision
+from torch import nn
+
+from modcompile import MoDConfig, convert
+from modcompile.capture import capture
+from modcompile.errors import PassContractError
+from modcompile.export.flatten import flatten
+from modcompile.pass_manager import PassManager
+
+# Relative L2 of a model of four small matrices in a row: the half's machine epsilon times a few roundings.
+TOLERANCE = {"float16": 3e-3, "bfloat16": 2.5e-2}
+
+
+class Norm(nn.Module):
+    """RMSNorm, written out."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(width) + 0.5)
+
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+class Block(nn.Module):
+    """Attention with an additive mask of float32's lowest number, and a product."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.qkv, self.out = Norm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x, mask):
+        q, k, v = (part.unflatten(-1, (4, -1)).transpose(1, 2) for part in self.qkv(self.norm(x)).chunk(3, -1))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+
+class Model(nn.Module):
+    """Two blocks over tied embeddings."""
+
+    def __init__(self, width=32, vocabulary=50):
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(2))
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, ids, attention_mask):
+        mask = (1.0 - attention_mask[:, None, None, :].to(torch.float32)) * torch.finfo(torch.float32).min
+        x = self.tokens(ids)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.head(x)
+
+
+def inputs(batch, rows):
+    mask = torch.ones(batch, rows, dtype=torch.long)
+    mask[0, -rows // 3:] = 0
+    return {"ids": torch.randint(0, 50, (batch, rows)), "attention_mask": mask}
+
+
+@pytest.fixture(scope="module", params=["chosen", "all"])
+def routed(request):
+    torch.manual_seed(0)
+    mod = convert(Model().eval(), inputs(2, 17), MoDConfig(capacity_ratio=0.25, gate="sigmoid",
+                                                           attend_to=request.param))
+    for router in mod.routers.values():
+        nn.init.normal_(router.weight)
+    return mod
+
+
+def cast(model, dtype):
+    flat = flatten(model)
+    PassManager([CastPrecision(dtype)])(flat)
+    return flat
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_numbers_stay_near_the_float32_model(routed, dtype):
+    given = inputs(3, 63)
+    with torch.no_grad():
+        expected = routed(**given)
+        found = cast(routed, dtype)(*given.values())[0]
+    assert found.dtype == getattr(torch, dtype)
+    valid = given["attention_mask"].bool()
+    error = (found.float() - expected)[valid].norm() / expected[valid].norm()
+    assert 0 < error < TOLERANCE[dtype]
+    assert found[valid].isfinite().all()
+
+
+def test_the_model_itself_is_left_alone(routed):
+    before = {name: tensor.dtype for name, tensor in routed.tensors().items()}
+    cast(routed, "float16")
+    assert {name: tensor.dtype for name, tensor in routed.tensors().items()} == before
+
+
+def test_tied_weights_are_cast_once(routed):
+    flat = cast(routed, "float16")
+    names = {str(node.target) for node in flat.graph.find_nodes(op="get_attr")} & {"tokens.weight", "head.weight"}
+    weights = [operator.attrgetter(name)(flat) for name in names]
+    assert weights and len({id(weight) for weight in weights}) == 1
+    assert weights[0].dtype == torch.float16
+
+
+def test_logits_gate_and_router_parameters_stay_float32(routed):
+    flat = cast(routed, "bfloat16")
+    for node in flat.graph.nodes:
+        if node.op == "get_attr" and str(node.target).startswith("router."):
+            assert node.meta["val"].dtype == torch.float32
+        if node.target is torch.ops.modcompile.route.default:
+            assert node.args[0].meta["val"].dtype == torch.float32
+        if node.target is torch.ops.aten.sigmoid.default:
+            assert node.meta["val"].dtype == torch.float32
+
+
+def test_the_squares_of_a_norm_are_taken_in_float32_and_products_in_half(routed):
+    dtypes = {}
+    for node in cast(routed, "float16").graph.nodes:
+        if node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor):
+            dtypes.setdefault(str(node.target), set()).add(node.meta["val"].dtype)
+    assert dtypes["aten.pow.Tensor_Scalar"] == dtypes["aten.rsqrt.default"] == {torch.float32}
+    assert dtypes["aten.scaled_dot_product_attention.default"] == {torch.float16}
+    # A router's is the only product in float32.
+    assert dtypes["aten.linear.default"] == {torch.float16, torch.float32}
+
+
+def test_a_large_hidden_state_does_not_overflow_in_the_norm():
+    class Loud(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = Norm(8)
+
+        def forward(self, x):
+            return self.norm(x * 300)
+
+    model = Loud()
+    x = torch.randn(3, 5, 8) + 2
+    found = cast(capture(model, (x,)), "float16")(x.half())[0]
+    assert torch.allclose(found.float(), model(x), rtol=5e-3)
+
+
+def test_a_second_run_changes_nothing(routed):
+    flat = cast(routed, "float16")
+    assert not CastPrecision("float16").call(flat).modified
+
+
+def test_a_graph_that_calls_modules_is_refused(routed):
+    with pytest.raises(PassContractError, match="flat graph"):
+        PassManager([CastPrecision("float16")])(routed.graph_module)
