@@ -1,0 +1,102 @@
+"""Translates a program into an ONNX IR model, simplifies it, and names its nodes and dims."""
+
+__all__ = ["LOWEST_TRANSLATED_OPSET", "translate"]
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+
+import onnx_ir as ir
+import torch
+from torch.export import ExportedProgram
+
+from modcompile.errors import UnsupportedGraphError
+from modcompile.export.lowerings import lowerings
+from modcompile.export.simplify import simplify
+from modcompile.spec import TensorSpec
+
+# Below this the translator has no library; lower opsets are lowered from it.
+LOWEST_TRANSLATED_OPSET = 18
+
+
+def translate(program: ExportedProgram, *, opset: int, inputs: Sequence[TensorSpec],
+              outputs: Sequence[TensorSpec]) -> ir.Model:
+    """Translates a program at ``opset`` (18 or later), with module paths as node names.
+
+    Returns:
+        The model, in which our ops are nodes of domain ``modcompile`` that still lack their function bodies.
+
+    Raises:
+        UnsupportedGraphError: An op has no translation.
+    """
+    # The translator announces its steps and every version conversion on the root logger.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        onnx_program = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=opset,
+            custom_translation_table=lowerings(opset),
+            input_names=[spec.name for spec in inputs],
+            output_names=[spec.name for spec in outputs],
+            verbose=False,
+            # It would also fuse, without checking that the fused operators take these shapes.
+            optimize=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        # Its own message is advice to report it; the first cause says which op of which module it was.
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise UnsupportedGraphError("the graph has an op without an ONNX form", found=cause,
+                                    expected=f"ops that torch.onnx translates to opset {opset}",
+                                    fix="replace the op in the model, or export with a later opset") from error
+    assert onnx_program is not None
+    model = onnx_program.model
+    simplify(model)
+    _name_nodes(model)
+    _name_dims(model, inputs)
+    return model
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """Names nodes by module path, and drops the translator's notes: they hold source lines and local paths."""
+    taken: dict[str, int] = {}
+    for node in model.graph.all_nodes():
+        scopes = re.findall(r"'([^']*)'", node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
+        path = scopes[-2] if len(scopes) > 1 and not scopes[-2].startswith("_empty_nn_module_stack") else ""
+        name = f"{path}/{node.op_type}" if path else node.op_type
+        count = taken[name] = taken.get(name, -1) + 1
+        node.name = f"{name}_{count}" if count else name
+        node.metadata_props.clear()
+    for value in _values(model.graph):
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph.all_nodes():
+        yield from node.outputs
+
+
+def _name_dims(model: ir.Model, inputs: Sequence[TensorSpec]) -> None:
+    """Puts the specs' symbol names in the place of the trace's, also inside expressions such as K's."""
+    names = {
+        str(dim): name
+        for value, spec in zip(model.graph.inputs, inputs, strict=True)
+        for dim, name in zip(value.shape or (), spec.shape, strict=True)
+        if isinstance(name, str) and not isinstance(dim, int)
+    }
+    word = re.compile(r"[A-Za-z_]\w*")
+    for value in _values(model.graph):
+        if value.shape is not None:
+            value.shape = ir.Shape([d if isinstance(d, int) else _renamed(str(d), names, word) for d in value.shape])
+
+
+def _renamed(expression: str, names: dict[str, str], word: re.Pattern) -> str | None:
+    # Shape inference of single nodes invents symbols, the same one for unrelated dims: a runtime would believe it.
+    known = all(symbol in names for symbol in word.findall(expression))
+    return word.sub(lambda match: names[match[0]], expression) if known else None
