@@ -1,0 +1,322 @@
+"""Engines: one interface over every runtime, how they are built and how they are loaded.
+
+An engine is a folder: what the runtime loads, and a manifest. Loading imports no torch and no compiler: numpy and the
+runtime are enough.
+"""
+
+__all__ = ["Backend", "Engine", "build_engine", "is_torch", "load_engine"]
+
+import difflib
+import functools
+import importlib
+import inspect
+import os
+import shutil
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from modcompile.errors import RuntimeUnavailableError, UsageError
+from modcompile.files import new_folder
+from modcompile.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    TensorSpec,
+    read_manifest,
+    verify_files,
+    write_manifest,
+)
+
+Shapes = Mapping[str, Sequence[int]]
+# A numpy array or a torch tensor.
+Tensor = Any
+
+# Runtime: the module with its Backend functions, and the pip command that installs what that imports.
+_BACKENDS = {
+    "ort": ("modcompile.runtimes.ort", "pip install onnxruntime"),
+    "tensorrt": ("modcompile.runtimes.trt", "pip install 'modcompile[tensorrt]'"),
+    "tensorrt-rtx": ("modcompile.runtimes.trt", "pip install 'modcompile[tensorrt-rtx]'"),
+}
+
+
+class Backend(Protocol):
+    """The two functions that a runtime's module has. Their keyword-only parameters are the runtime's options."""
+
+    def build(self, onnx_path: Path, folder: Path, *, runtime: str, precision: str | None, shapes: Shapes | None,
+              **options: Any) -> dict[str, Any]:
+        """Fills ``folder`` with an engine made from an ONNX file, proves as far as this machine can that it loads.
+
+        Args:
+            onnx_path: The ONNX file. If it lies below ``folder`` it is the backend's to move.
+            folder: An empty folder, or one that holds just ``onnx_path`` in a sub-folder, which is removed later.
+            runtime: The runtime's name in the manifest.
+            precision: What the caller asked for; None takes the file as it is.
+            shapes: Static shapes by input name.
+            options: The runtime's own.
+
+        Returns:
+            The manifest's fields, but for those that ``write_manifest`` adds.
+        """
+
+    def load(self, folder: Path, manifest: Manifest, **options: Any) -> "Engine":
+        """Opens an engine whose files were verified just now. A missing device may wait for ``run`` to be reported."""
+
+
+class Engine(ABC):
+    """A compiled model. Close it, or use it as a context manager, to free its memory early.
+
+    Attributes:
+        folder: Where it was loaded from.
+        manifest: What it is.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        self.folder, self.manifest = folder, manifest
+        self._closed = False
+
+    @property
+    def name(self) -> str:
+        """The name of the engine's folder."""
+        return self.folder.name
+
+    @property
+    def runtime(self) -> str:
+        """The runtime's name: "ort", "tensorrt", ..."""
+        return self.manifest.runtime
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What ``run`` takes."""
+        return self.manifest.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What ``run`` gives."""
+        return self.manifest.outputs
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Runs the engine once. Safe to call from several threads at a time.
+
+        Args:
+            inputs: Every input by name: all numpy arrays, or all torch tensors of one device.
+
+        Returns:
+            Every output by name, as numpy arrays or as torch tensors of the inputs' device.
+
+        Raises:
+            UsageError: Inputs that the engine does not take, or an engine that was closed.
+            ModcompileError: The runtime failed; the message holds its reason and the inputs' shapes.
+        """
+        if self._closed:
+            raise UsageError("the engine is closed", where=self.folder, fix="load it again with load_engine")
+        self._check(inputs)
+        return self._run(inputs)
+
+    def close(self) -> None:
+        """Frees the engine. Closing it twice does nothing."""
+        self._closed = True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: object):
+        self.close()
+
+    def __repr__(self):
+        inputs, outputs = (", ".join(map(str, specs)) for specs in (self.inputs, self.outputs))
+        return f"<{type(self).__name__} {self.name}: {inputs} -> {outputs}>"
+
+    @abstractmethod
+    def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Runs on inputs that were checked."""
+
+    def _check(self, inputs: Mapping[str, Tensor]) -> None:
+        if not isinstance(inputs, Mapping):
+            raise UsageError("the engine's inputs are given by name", expected=f"a dict of {self._names()}",
+                             found=type(inputs).__name__)
+        names = {spec.name for spec in self.inputs}
+        for name in inputs:
+            if name not in names:
+                raise UsageError("the engine has no input of this name", expected=self._names(), found=name,
+                                 fix=_nearest(str(name), names - inputs.keys()))
+        kinds: dict[str, str] = {}
+        sizes: dict[str, tuple[int, str]] = {}
+        for spec in self.inputs:
+            if spec.name not in inputs:
+                raise UsageError(f"input {spec.name} is missing", expected=self._names(),
+                                 found=", ".join(inputs) or "no inputs", fix=f"pass {spec}")
+            value = inputs[spec.name]
+            kinds[_kind(spec.name, value)] = spec.name
+            _check_dtype(spec, value)
+            _check_shape(spec, tuple(value.shape), sizes)
+        if len(kinds) > 1:
+            raise UsageError("the inputs are of different kinds or on different devices",
+                             expected="all numpy arrays, or all torch tensors of one device",
+                             found=", ".join(f"{name}: {kind}" for kind, name in kinds.items()),
+                             fix="convert or move all of them to one")
+
+    def _names(self) -> str:
+        return ", ".join(spec.name for spec in self.inputs)
+
+
+def load_engine(path: str | os.PathLike, **options: Any) -> Engine:
+    """Loads an engine folder. The manifest and the hash of every file are checked before anything is parsed.
+
+    Args:
+        path: The folder.
+        options: The runtime's own: see ``modcompile.runtimes.ort.load`` and its siblings.
+
+    Raises:
+        UsageError: No such folder, or an option the runtime does not have.
+        IntegrityError: A file is missing, truncated, edited, foreign or not a regular file.
+        RuntimeUnavailableError: The runtime, its version, a provider or a device is missing; or the folder was
+            written by a newer version of this package.
+
+    Example:
+        >>> engine = load_engine("engines/minilm", intra_op_threads=2)  # doctest: +SKIP
+        >>> engine.run({"input_ids": ids, "attention_mask": mask})["last_hidden_state"].shape  # doctest: +SKIP
+        (8, 256, 384)
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    backend = _backend(manifest.runtime)
+    _split(options, load=backend.load)
+    verify_files(folder, manifest)
+    return backend.load(folder, manifest, **options)
+
+
+def build_engine(mod_or_onnx: Any, path: str | os.PathLike, *, runtime: str = "ort", precision: str | None = None,
+                 shapes: Shapes | None = None, overwrite: bool = False, **options: Any) -> Engine:
+    """Builds an engine folder and loads it. The folder appears complete or not at all.
+
+    Args:
+        mod_or_onnx: A model, which is exported first, or the path of an ONNX file, which is taken as it is with its
+            external data files.
+        path: The folder to make.
+        runtime: "ort", "tensorrt" or "tensorrt-rtx".
+        precision: "fp32", "fp16" or "bf16". By default what ``export_onnx`` takes, or what the file has.
+        shapes: Static shapes by input name. The symbols they give a size to are fixed everywhere.
+        overwrite: Replace an engine that is in the folder already; it stays until the new one is complete.
+        options: Of the runtime's ``build`` and ``load``, and for a model those of ``export_onnx``.
+
+    Raises:
+        UsageError: An option, shape or precision that does not fit; a folder that exists or cannot be written.
+        IntegrityError: The ONNX file is damaged or incomplete.
+        UnsupportedGraphError: The runtime does not take the graph.
+        RuntimeUnavailableError: The runtime, a provider or a device is missing.
+
+    Example:
+        >>> engine = build_engine(mod, "engines/minilm", shapes={"input_ids": (8, 256)})  # doctest: +SKIP
+    """
+    backend = _backend(runtime)
+    stages: dict[str, Callable] = {"load": backend.load, "build": backend.build}
+    from_file = isinstance(mod_or_onnx, str | os.PathLike)
+    if not from_file:
+        stages["export"] = export_onnx = importlib.import_module("modcompile.export").export_onnx
+    chosen = _split(options, **stages)
+    with new_folder(path, marker=MANIFEST_NAME, overwrite=overwrite) as folder:
+        exported = folder / ".export"
+        onnx_path = Path(mod_or_onnx) if from_file else exported / "model.onnx"
+        if not from_file:
+            exported.mkdir()
+            asked = {"precision": precision} if precision else {}
+            # Weights in a file of their own are moved and mapped, not parsed.
+            export_onnx(mod_or_onnx, onnx_path, shapes=shapes, external_data=True, **asked, **chosen["export"])
+        fields = backend.build(onnx_path, folder, runtime=runtime, precision=precision, shapes=shapes,
+                               **chosen["build"])
+        if not from_file:
+            shutil.rmtree(exported)
+        write_manifest(folder, fields)
+    return load_engine(path, **chosen["load"])
+
+
+def is_torch(value: object) -> bool:
+    """Whether a value is a torch tensor; torch is not imported to ask."""
+    return _is_a(value, "torch", "Tensor")
+
+
+def _backend(runtime: str) -> Backend:
+    if runtime not in _BACKENDS:
+        raise RuntimeUnavailableError("this runtime is not known here", expected=", ".join(_BACKENDS), found=runtime,
+                                      fix=_nearest(runtime, _BACKENDS))
+    module, command = _BACKENDS[runtime]
+    try:
+        backend = importlib.import_module(module)
+    except ImportError as error:
+        raise RuntimeUnavailableError(f"the runtime {runtime} is not installed", expected=f"{module} can be imported",
+                                      found=error, fix=command) from error
+    return cast(Backend, backend)
+
+
+# Parameters of the stages that are no options: build_engine gives them.
+_FIXED = {"model", "path", "onnx_path", "folder", "manifest", "runtime", "precision", "shapes", "external_data"}
+
+
+def _split(options: Mapping[str, Any], **stages: Callable) -> dict[str, dict[str, Any]]:
+    """Gives each stage the options that its function has parameters for."""
+    taken = {stage: inspect.signature(function).parameters.keys() - _FIXED for stage, function in stages.items()}
+    known = set().union(*taken.values())
+    for name in options:
+        if name not in known:
+            raise UsageError("there is no such option", expected=", ".join(sorted(known)), found=name,
+                             where=" or ".join(f"{f.__module__}.{f.__qualname__}" for f in stages.values()),
+                             fix=_nearest(name, known))
+    return {stage: {name: options[name] for name in options if name in names} for stage, names in taken.items()}
+
+
+def _nearest(name: str, names: Any) -> str | None:
+    near = difflib.get_close_matches(name, sorted(names), 1)
+    return f"did you mean {near[0]}?" if near else None
+
+
+def _is_a(value: object, package: str, name: str) -> bool:
+    module = sys.modules.get(package)
+    return module is not None and isinstance(value, getattr(module, name))
+
+
+def _kind(name: str, value: Tensor) -> str:
+    if is_torch(value):
+        return f"torch on {value.device}"
+    if _is_a(value, "numpy", "ndarray"):
+        return "numpy"
+    raise UsageError(f"input {name} is not a tensor", expected="a numpy array or a torch tensor",
+                     found=f"{type(value).__module__}.{type(value).__name__}", where=name,
+                     fix="numpy.asarray(value, dtype=...)")
+
+
+@functools.cache
+def _dtype_name(dtype: Any) -> str:
+    # Both libraries print an element type by the same name, "torch." apart; a swapped byte order prints ">f4".
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_dtype(spec: TensorSpec, value: Tensor) -> None:
+    found = _dtype_name(value.dtype)
+    if found != spec.dtype:
+        convert = f"{spec.name}.to(torch.{spec.dtype})" if is_torch(value) else f'{spec.name}.astype("{spec.dtype}")'
+        raise UsageError(f"input {spec.name} has the wrong dtype", expected=spec.dtype, found=found, where=spec.name,
+                         fix=f"pass {convert}")
+
+
+def _check_shape(spec: TensorSpec, shape: tuple[int, ...], sizes: dict[str, tuple[int, str]]) -> None:
+    if len(shape) != len(spec.shape):
+        raise UsageError(f"input {spec.name} has the wrong rank", expected=spec, found=f"shape {shape}",
+                         where=spec.name, fix=f"give it {len(spec.shape)} dims")
+    for axis, (dim, size) in enumerate(zip(spec.shape, shape, strict=True)):
+        if size == 0:
+            raise UsageError(f"input {spec.name} is empty", expected=spec, found=f"shape {shape}",
+                             where=f"{spec.name}, axis {axis}", fix="pass at least one row")
+        if isinstance(dim, int):
+            if size != dim:
+                raise UsageError(f"input {spec.name} has the wrong size", expected=spec, found=f"shape {shape}",
+                                 where=f"{spec.name}, axis {axis}",
+                                 fix=f"pad or cut it to {dim}, or build the engine for {size}")
+        else:
+            known, source = sizes.setdefault(dim, (size, spec.name))
+            if size != known:
+                raise UsageError(f"two inputs disagree about {dim!r}", expected=f"{dim} = {known}, as in {source}",
+                                 found=f"{dim} = {size}, shape {shape}", where=f"{spec.name}, axis {axis}",
+                                 fix=f"give {source} and {spec.name} the same {dim}" if source != spec.name
+                                 else f"all axes of {spec.name} that are {dim} have one size")

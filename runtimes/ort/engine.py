@@ -1,0 +1,146 @@
+"""Runs an ONNX Runtime session by IO binding: inputs are read where they lie, outputs are handed over, not copied."""
+
+__all__ = ["OrtEngine", "load"]
+
+import ctypes
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from modcompile.runtimes.ort.session import ONNX_TYPES, Optimization, Provider, open_session, tensor_specs
+
+from modcompile.engine import Engine, Tensor, is_torch
+from modcompile.errors import IntegrityError, ModcompileError, RuntimeUnavailableError, UsageError
+from modcompile.manifest import Manifest, TensorSpec, read_verified
+
+# Providers whose memory is CUDA's.
+_CUDA_PROVIDERS = {"CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider"}
+
+
+class OrtEngine(Engine):
+    """An engine on ONNX Runtime.
+
+    Attributes:
+        session: The session, for profiling and for what this class does not cover; None once closed.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, session: onnxruntime.InferenceSession):
+        super().__init__(folder, manifest)
+        self.session: onnxruntime.InferenceSession | None = session
+
+    def close(self) -> None:
+        """Frees the session once the runs under way have ended."""
+        super().close()
+        self.session = None
+
+    def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        session = self.session
+        if session is None:
+            raise UsageError("the engine was closed by another thread", where=self.folder)
+        first = next(iter(inputs.values()), None)
+        device, index = self._device(first, session)
+        # Bindings hold bare addresses: these references keep the memory alive until the run is over.
+        buffers = {spec.name: _contiguous(inputs[spec.name]) for spec in self.inputs}
+        # Threads may share a session but not a binding.
+        binding = session.io_binding()
+        try:
+            for spec in self.inputs:
+                buffer = buffers[spec.name]
+                binding.bind_input(spec.name, device, index, ONNX_TYPES[spec.dtype], tuple(buffer.shape),
+                                   buffer.data_ptr() if is_torch(buffer) else buffer.ctypes.data)
+            for spec in self.outputs:
+                binding.bind_output(spec.name, device, index)
+            session.run_with_iobinding(binding)
+        except Exception as error:
+            shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())
+            raise ModcompileError("ONNX Runtime failed to run the engine", expected=", ".join(map(str, self.inputs)),
+                                  found=f"{shapes}: {error}", where=self.folder) from error
+        take = _to_torch if is_torch(first) else _to_numpy
+        return {spec.name: take(value, spec) for spec, value in zip(self.outputs, binding.get_outputs(), strict=True)}
+
+    def _device(self, value: Tensor, session: onnxruntime.InferenceSession) -> tuple[str, int]:
+        if not is_torch(value) or value.device.type == "cpu":
+            return "cpu", 0
+        if value.device.type != "cuda" or _CUDA_PROVIDERS.isdisjoint(session.get_providers()):
+            raise UsageError("the inputs are on a device that the engine does not run on",
+                             expected=", ".join(session.get_providers()), found=f"tensors on {value.device}",
+                             where=self.folder, fix='move them with .to("cpu"), or load the engine with '
+                             'providers=["CUDAExecutionProvider", "CPUExecutionProvider"]')
+        # ONNX Runtime reads on a stream of its own: what torch still computes must be there first.
+        torch = importlib.import_module("torch")
+        torch.cuda.current_stream(value.device).synchronize()
+        return "cuda", value.device.index
+
+
+def load(folder: Path, manifest: Manifest, *, providers: Sequence[Provider] | None = None,
+         intra_op_threads: int | None = None, inter_op_threads: int | None = None,
+         optimization: Optimization = "all", session_config: Mapping[str, str] | None = None) -> OrtEngine:
+    """Opens an engine folder whose files were verified.
+
+    The graph is parsed from the very bytes whose hash was checked; the weights, which are data and not code, are
+    mapped into memory from the file that was verified.
+
+    Args:
+        folder: The engine folder.
+        manifest: Its manifest.
+        providers: Execution providers by name, or pairs of name and options, in order of preference. By default those
+            that the engine was built with. One that is missing or does not start is an error.
+        intra_op_threads: Threads within an operator; by default one a core.
+        inter_op_threads: Threads across operators, which then run in parallel where they can.
+        optimization: How far ONNX Runtime rewrites the graph.
+        session_config: ONNX Runtime's session configuration entries.
+
+    Raises:
+        UsageError: An option that does not fit.
+        IntegrityError: The model is damaged, or differs from its manifest.
+        UnsupportedGraphError: ONNX Runtime does not run this graph.
+        RuntimeUnavailableError: Another version of ONNX Runtime is needed, or a provider is missing.
+    """
+    if not manifest.runtime_range.contains(onnxruntime.__version__):
+        raise RuntimeUnavailableError("this version of ONNX Runtime cannot load the engine",
+                                      expected=f"onnxruntime{manifest.runtime_range}", found=onnxruntime.__version__,
+                                      where=folder, fix=f"pip install 'onnxruntime{manifest.runtime_range}'")
+    path = folder / manifest.entry
+    session = open_session(read_verified(folder, manifest, manifest.entry), folder, where=path,
+                           providers=manifest.providers if providers is None else providers,
+                           intra_op_threads=intra_op_threads, inter_op_threads=inter_op_threads,
+                           optimization=optimization, session_config=session_config)
+    inputs, outputs = tensor_specs(session.get_inputs(), path), tensor_specs(session.get_outputs(), path)
+    # The outputs' shapes are inferred, and each release infers what it can.
+    if inputs != manifest.inputs or _types(outputs) != _types(manifest.outputs):
+        raise IntegrityError("the model's inputs or outputs are not those of its manifest",
+                             expected="; ".join(map(str, manifest.inputs + manifest.outputs)),
+                             found="; ".join(map(str, inputs + outputs)), where=path)
+    return OrtEngine(folder, manifest, session)
+
+
+def _types(specs: Sequence[TensorSpec]) -> list[tuple[str, str]]:
+    return [(spec.name, spec.dtype) for spec in specs]
+
+
+def _contiguous(value: Tensor) -> Tensor:
+    return value.contiguous() if is_torch(value) else np.require(value, requirements=["C", "A"])
+
+
+def _to_numpy(value: Any, spec: TensorSpec) -> np.ndarray:
+    if spec.dtype != "bfloat16":
+        return value.numpy()
+    try:
+        dtype = importlib.import_module("ml_dtypes").bfloat16
+    except ImportError as error:
+        raise RuntimeUnavailableError("numpy has no bfloat16 of its own", expected="the package ml_dtypes",
+                                      where=f"output {spec.name}",
+                                      fix="pip install ml_dtypes, or pass torch tensors") from error
+    array = np.empty(value.shape(), dtype)
+    ctypes.memmove(array.ctypes.data, value.data_ptr(), array.nbytes)
+    return array
+
+
+def _to_torch(value: Any, spec: TensorSpec) -> Any:
+    torch = importlib.import_module("torch")
+    # In release 1.24 only the class that this one wraps speaks DLPack, and hands bools over as bytes.
+    tensor = torch.from_dlpack(value if hasattr(value, "__dlpack__") else value._ortvalue)
+    return tensor.view(getattr(torch, spec.dtype)) if spec.dtype == "bool" else tensor

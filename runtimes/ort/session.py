@@ -1,0 +1,139 @@
+"""ONNX Runtime sessions: explicit providers, no fallback, and failures said in this package's errors."""
+
+__all__ = ["ENTRY", "ONNX_TYPES", "open_session", "tensor_specs"]
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from modcompile.errors import (
+    IntegrityError,
+    ModcompileError,
+    RuntimeUnavailableError,
+    UnsupportedGraphError,
+    UsageError,
+)
+from modcompile.manifest import TensorSpec
+
+# The ONNX file of every ONNX Runtime engine.
+ENTRY = "model.onnx"
+
+Provider = str | tuple[str, Mapping[str, Any]]
+Optimization = Literal["all", "extended", "basic", "none"]
+
+_LEVELS = {
+    "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "none": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+}
+
+# onnx.TensorProto's numbers, by numpy's names. The onnx package is not needed to run an engine.
+ONNX_TYPES = {"float32": 1, "uint8": 2, "int8": 3, "uint16": 4, "int16": 5, "int32": 6, "int64": 7, "bool": 9,
+              "float16": 10, "float64": 11, "uint32": 12, "uint64": 13, "bfloat16": 16}
+# ONNX Runtime prints C++ names where they differ.
+_DTYPES: dict[str, Any] = {f"tensor({name})": name for name in ONNX_TYPES} | {
+    "tensor(float)": "float32", "tensor(double)": "float64"}
+
+
+def open_session(model: bytes, folder: Path, *, where: Path, providers: Sequence[Provider],
+                 intra_op_threads: int | None = None, inter_op_threads: int | None = None,
+                 optimization: Optimization = "all",
+                 session_config: Mapping[str, str] | None = None) -> onnxruntime.InferenceSession:
+    """Opens a session on a model that was read already; its external data files are mapped from ``folder``.
+
+    ``where`` names the model in messages.
+
+    Raises:
+        UsageError: An option that ONNX Runtime does not have.
+        IntegrityError: The bytes are no ONNX model.
+        UnsupportedGraphError: ONNX Runtime does not run this graph.
+        RuntimeUnavailableError: A provider is not available, or did not start.
+    """
+    names = _check_providers(providers)
+    options = onnxruntime.SessionOptions()
+    # What goes wrong is raised; by default it is printed as well.
+    options.log_severity_level = 4
+    options.graph_optimization_level = _LEVELS[_one_of(optimization, "optimization")]
+    if intra_op_threads is not None:
+        options.intra_op_num_threads = _positive(intra_op_threads, "intra_op_threads")
+    if inter_op_threads is not None:
+        options.inter_op_num_threads = _positive(inter_op_threads, "inter_op_threads")
+        options.execution_mode = onnxruntime.ExecutionMode.ORT_PARALLEL
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.absolute()))
+    for key, value in (session_config or {}).items():
+        options.add_session_config_entry(key, value)
+    try:
+        # A disabled fallback raises where ONNX Runtime would otherwise print and go on with the CPU.
+        session = onnxruntime.InferenceSession(
+            model, options, [p if isinstance(p, str) else (p[0], dict(p[1])) for p in providers], enable_fallback=False)
+    except Exception as error:
+        raise _not_opened(error, where, names) from error
+    started = session.get_providers()
+    if missing := [name for name in names if name not in started]:
+        raise RuntimeUnavailableError(f"{missing[0]} did not start", expected=", ".join(names),
+                                      found=", ".join(started), where=where,
+                                      fix="ONNX Runtime's message above names the library that is missing")
+    # The session would keep the model's bytes for a fallback that is disabled.
+    session._model_bytes = None
+    return session
+
+
+def tensor_specs(nodes: Sequence[Any], where: Path) -> tuple[TensorSpec, ...]:
+    """The inputs or outputs of a session. A dim without a name gets one of its own.
+
+    Raises:
+        UnsupportedGraphError: An input or output that is not a tensor of numbers.
+    """
+    for node in nodes:
+        if node.type not in _DTYPES:
+            raise UnsupportedGraphError("the model has an input or output that is not a tensor of numbers",
+                                        expected=", ".join(ONNX_TYPES), found=f"{node.name}: {node.type}", where=where)
+    return tuple(
+        TensorSpec(name=node.name, dtype=_DTYPES[node.type],
+                   shape=tuple(dim if dim else f"{node.name}_{axis}" for axis, dim in enumerate(node.shape)))
+        for node in nodes
+    )
+
+
+def _check_providers(providers: Sequence[Provider]) -> list[str]:
+    if isinstance(providers, str) or not providers:
+        raise UsageError("providers is not a list of execution providers",
+                         expected='["CUDAExecutionProvider", "CPUExecutionProvider"], for example', found=providers)
+    names = [provider if isinstance(provider, str) else provider[0] for provider in providers]
+    available = onnxruntime.get_available_providers()
+    for name in names:
+        if name not in available:
+            raise RuntimeUnavailableError("this ONNX Runtime does not have the execution provider",
+                                          expected=", ".join(available), found=name,
+                                          where=f"onnxruntime {onnxruntime.__version__}",
+                                          fix="pip install onnxruntime-gpu, in the place of onnxruntime"
+                                          if name.startswith(("CUDA", "Tensorrt")) else None)
+    return names
+
+
+def _one_of(value: str, option: str) -> str:
+    if value not in _LEVELS:
+        raise UsageError(f"{option} does not fit", expected=", ".join(_LEVELS), found=value, where=option)
+    return value
+
+
+def _positive(value: int, option: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UsageError(f"{option} does not fit", expected="a number of threads, at least 1", found=repr(value),
+                         where=option)
+    return value
+
+
+def _not_opened(error: Exception, where: Path, providers: list[str]) -> ModcompileError:
+    text = str(error).strip()
+    if isinstance(error, ort_errors.InvalidProtobuf) or "No graph was found" in text:
+        return IntegrityError("the file is not a complete ONNX model", found=text, where=where)
+    # ONNX Runtime raises a plain Python error where a provider or its options, not the model, is at fault.
+    if isinstance(error, ort_errors.EPFail | RuntimeError | ValueError):
+        return RuntimeUnavailableError("an execution provider did not start", expected=", ".join(providers), found=text,
+                                       where=where)
+    return UnsupportedGraphError("ONNX Runtime does not run this model", found=text, where=where)

@@ -1,0 +1,193 @@
+"""What all engines share: dispatch, options, and the checks of inputs before a runtime sees them."""
+
+import collections
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import modcompile.engine
+from modcompile.engine import Engine, build_engine, load_engine
+from modcompile.errors import RuntimeUnavailableError, UsageError
+from modcompile.manifest import Manifest, TensorSpec, write_manifest
+
+FIELDS = {
+    "runtime": "ort",
+    "runtime_version": "1.32.0",
+    "runtime_range": {"minimum": "1.24"},
+    "precision": "fp32",
+    "entry": "model.onnx",
+    "inputs": [
+        TensorSpec(name="input_ids", dtype="int64", shape=("batch", "sequence")),
+        TensorSpec(name="attention_mask", dtype="int64", shape=("batch", "sequence")),
+        TensorSpec(name="pixels", dtype="float32", shape=("batch", 3)),
+    ],
+    "outputs": [TensorSpec(name="y", dtype="float32", shape=("batch",))],
+}
+
+
+class Recorder(Engine):
+    """An engine that gives back what reached it."""
+
+    def _run(self, inputs):
+        return dict(inputs)
+
+
+@pytest.fixture
+def engine(tmp_path):
+    manifest = Manifest(modcompile_version="0", files={"model.onnx": {"sha256": "0" * 64, "size": 0}}, **FIELDS)
+    return Recorder(tmp_path / "some-engine", manifest)
+
+
+def inputs(rows=2, length=7):
+    ids = np.ones((rows, length), np.int64)
+    return {"input_ids": ids, "attention_mask": ids, "pixels": np.ones((rows, 3), np.float32)}
+
+
+def torch_inputs(**changed):
+    return {name: torch.from_numpy(value) for name, value in inputs().items()} | changed
+
+
+def test_an_engine_describes_itself(engine):
+    assert (engine.name, engine.runtime) == ("some-engine", "ort")
+    assert [spec.name for spec in engine.inputs] == ["input_ids", "attention_mask", "pixels"]
+    assert "input_ids int64 [batch, sequence]" in repr(engine)
+
+
+def test_inputs_that_fit_reach_the_runtime(engine):
+    assert engine.run(inputs()).keys() == inputs().keys()
+    assert engine.run(torch_inputs()).keys() == inputs().keys()
+    # What tokenizers return is a mapping and no dict.
+    assert engine.run(collections.UserDict(inputs(rows=1))).keys() == inputs().keys()
+
+
+@pytest.mark.parametrize(("change", "parts"), [
+    ({"input_idz": np.ones((2, 7), np.int64)}, ["input_idz", "input_ids, attention_mask, pixels"]),
+    ({"pixels": np.ones((2, 3))}, ["pixels", "expected: float32", "found: float64", '.astype("float32")']),
+    ({"pixels": np.ones((2, 3), ">f4")}, ["expected: float32", "found: >f4"]),
+    ({"input_ids": np.ones((2, 7), np.int32)}, ["expected: int64", "found: int32", 'input_ids.astype("int64")']),
+    ({"input_ids": np.ones(7, np.int64)}, ["rank", "[batch, sequence]", "(7,)", "2 dims"]),
+    ({"pixels": np.ones((2, 4), np.float32)}, ["[batch, 3]", "(2, 4)", "axis 1", "pad or cut it to 3"]),
+    ({"attention_mask": np.ones((2, 9), np.int64)},
+     ["'sequence'", "sequence = 7, as in input_ids", "sequence = 9", "attention_mask, axis 1"]),
+    ({"pixels": np.ones((3, 3), np.float32)}, ["'batch'", "batch = 2, as in input_ids", "batch = 3"]),
+    ({"input_ids": np.ones((2, 0), np.int64)}, ["empty", "(2, 0)"]),
+    ({"input_ids": [[1, 2], [3, 4]]}, ["not a tensor", "builtins.list", "numpy.asarray"]),
+    ({"input_ids": np.int64(3)}, ["not a tensor", "numpy.int64"]),
+    ({"input_ids": torch.ones(2, 7, dtype=torch.int64)}, ["different kinds", "torch on cpu", "numpy"]),
+])
+def test_inputs_that_do_not_fit(engine, change, parts):
+    with pytest.raises(UsageError) as caught:
+        engine.run(inputs() | change)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_torch_inputs_that_do_not_fit(engine):
+    with pytest.raises(UsageError, match=r"input_ids\.to\(torch\.int64\)"):
+        engine.run(torch_inputs(input_ids=torch.ones(2, 7, dtype=torch.int32)))
+    with pytest.raises(UsageError, match="different devices"):
+        engine.run(torch_inputs(pixels=torch.ones(2, 3, device="meta")))
+
+
+def test_names(engine):
+    given = inputs()
+    given["attention_masks"] = given.pop("attention_mask")
+    with pytest.raises(UsageError, match="did you mean attention_mask"):
+        engine.run(given)
+    given.pop("attention_masks")
+    with pytest.raises(UsageError, match="attention_mask is missing"):
+        engine.run(given)
+    with pytest.raises(UsageError, match="by name"):
+        engine.run(inputs()["input_ids"])
+
+
+def test_a_closed_engine_does_not_run(engine):
+    with engine:
+        engine.run(inputs())
+    engine.close()
+    with pytest.raises(UsageError, match="closed"):
+        engine.run(inputs())
+
+
+def test_runtimes_that_are_not_there(tmp_path, monkeypatch):
+    for runtime in ("aoti", "tensort"):
+        with pytest.raises(RuntimeUnavailableError, match="ort, tensorrt, tensorrt-rtx"):
+            build_engine("model.onnx", tmp_path / "engine", runtime=runtime)
+    monkeypatch.setitem(modcompile.engine._BACKENDS, "ort", ("modcompile.runtimes.absent", "pip install onnxruntime"))
+    with pytest.raises(RuntimeUnavailableError, match="fix: pip install onnxruntime"):
+        build_engine("model.onnx", tmp_path / "engine")
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_engine_of_a_runtime_that_is_not_there(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"")
+    write_manifest(tmp_path, FIELDS | {"runtime": "aoti"})
+    with pytest.raises(RuntimeUnavailableError, match="found: aoti"):
+        load_engine(tmp_path)
+
+
+def test_options_are_checked_before_any_work(tmp_path):
+    with pytest.raises(UsageError, match="did you mean intra_op_threads"):
+        build_engine("absent.onnx", tmp_path / "engine", intra_op_thread=1)
+    # The file is taken as it is: options of the export have nothing to act on.
+    with pytest.raises(UsageError, match="found: opset"):
+        build_engine("absent.onnx", tmp_path / "engine", opset=23)
+    (tmp_path / "model.onnx").write_bytes(b"")
+    write_manifest(tmp_path, FIELDS)
+    with pytest.raises(UsageError, match="found: bogus"):
+        load_engine(tmp_path, bogus=1)
+
+
+def test_a_model_is_exported_first(tmp_path, monkeypatch):
+    """The export gets its own options, the backend its own, and the folder of the export does not stay."""
+    import types
+
+    seen = {}
+
+    def export_onnx(model, path, *, example_inputs=None, opset=18, inline=False, precision="fp32", shapes=None,
+                    external_data=False):
+        seen["export"] = (model, opset, precision, shapes)
+        path.write_bytes(b"onnx")
+
+    def build(onnx_path, folder, *, runtime, precision, shapes, level=0):
+        seen["build"] = (onnx_path.read_bytes(), runtime, precision, shapes, level)
+        (folder / "model.onnx").write_bytes(b"engine")
+        return FIELDS
+
+    def load(folder, manifest, *, threads=None):
+        seen["load"] = threads
+        return Recorder(folder, manifest)
+
+    monkeypatch.setitem(sys.modules, "modcompile.export", types.SimpleNamespace(export_onnx=export_onnx))
+    monkeypatch.setitem(sys.modules, "modcompile.runtimes.fake", types.SimpleNamespace(build=build, load=load))
+    monkeypatch.setitem(modcompile.engine._BACKENDS, "ort", ("modcompile.runtimes.fake", ""))
+    model, shapes = object(), {"input_ids": (2, 7)}
+    engine = build_engine(model, tmp_path / "e", precision="fp16", shapes=shapes, opset=23, level=5, threads=3)
+    assert seen == {"export": (model, 23, "fp16", shapes), "build": (b"onnx", "ort", "fp16", shapes, 5), "load": 3}
+    assert sorted(os.listdir(tmp_path / "e")) == ["manifest.json", "model.onnx"]
+    assert engine.folder == tmp_path / "e"
+    build_engine(model, tmp_path / "f")
+    assert seen["export"] == (model, 18, "fp32", None)
+
+
+def test_import_is_quick_and_imports_no_runtime():
+    script = """
+import sys, time
+# Processor time: other processes do not count.
+start = time.process_time()
+import modcompile.engine
+took_s = time.process_time() - start
+heavy = {"torch", "numpy", "onnx", "onnxruntime", "transformers"} & sys.modules.keys()
+print(took_s, *heavy)
+"""
+    runs = [subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+            for _ in range(3)]
+    assert all(len(run) == 1 for run in runs)
+    took_s = min(float(run[0]) for run in runs)
+    if took_s >= 0.2 and os.getloadavg()[0] > os.cpu_count():
+        pytest.skip("the machine is too busy to time an import")
+    assert took_s < 0.2
