@@ -1,0 +1,221 @@
+"""Verbs on engines: build, run, verify, bench."""
+
+__all__ = ["bench", "build", "run", "verify"]
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
+
+import typer
+from rich.console import Group
+from rich.text import Text
+
+from modcompile.cli import options as opt
+from modcompile.cli.console import emit, engineering, shape_text, table, working
+from modcompile.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+EngineArgument = Annotated[Path, typer.Argument(metavar="ENGINE", help="A folder that build wrote.")]
+Runtime = Annotated[Literal["ort", "tensorrt", "tensorrt-rtx", "aoti"], typer.Option(help="What runs the engine.")]
+Seed = Annotated[int, typer.Option(help="Of random inputs.")]
+
+
+def build(
+    model: Annotated[str, typer.Argument(metavar="MODEL|FILE.onnx", help="A model, or an ONNX file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the engine goes.")],
+    runtime: Runtime = "ort",
+    precision: Annotated[Literal["fp32", "fp16", "bf16"] | None, typer.Option(
+        help="Of weights and arithmetic. By default fp32, or what the ONNX file has.")] = None,
+    shape: Annotated[list[str] | None, typer.Option(
+        "--shape", metavar="NAME=SIZES", help="An input's static shape, as input_ids=8x1024; for TensorRT also a "
+        "range, as input_ids=1x1024:8x1024:16x1024. May be repeated.")] = None,
+    provider: Annotated[list[str] | None, typer.Option(
+        help="ONNX Runtime's execution provider, CPUExecutionProvider by default. May be repeated, in order.",
+    )] = None,
+    overwrite: opt.Overwrite = False,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Builds an engine folder from a model or an ONNX file."""
+    from modcompile.engine import build_engine
+    from modcompile.load_source import load_source
+
+    shapes = opt.read_profiles(shape)
+    with working("loading the model") as say:
+        options: dict[str, Any] = {"providers": provider} if provider else {}
+        source: Any = Path(model)
+        # Folders are models; a file can only be ONNX.
+        if not source.is_file():
+            loaded = load_source(model)
+            source = loaded.model
+            if loaded.example_inputs is not None:
+                options["example_inputs"] = loaded.example_inputs
+        say(f"building for {runtime}")
+        engine = build_engine(source, output, runtime=runtime, precision=precision, shapes=shapes, overwrite=overwrite,
+                              **options)
+    with engine:
+        manifest = engine.manifest
+    blocks = [(b.path, b.capacity_ratio, b.capacity or f"of {b.rows}") for b in manifest.routed_blocks]
+    facts = (f"runtime     {manifest.runtime} {manifest.runtime_version}, {manifest.precision}\n"
+             f"inputs      {', '.join(map(str, manifest.inputs))}\n"
+             f"outputs     {', '.join(map(str, manifest.outputs))}\n"
+             f"size        {engineering(sum(record.size for record in manifest.files.values()))} bytes\n")
+    emit(as_json, {"output": str(output), **manifest.model_dump(mode="json")},
+         Group(Text(str(output), "bold"), Text(facts),
+               table("routed blocks", ("path", "K/S", "K"), blocks) if blocks else Text("a dense model")))
+
+
+def run(
+    engine: EngineArgument,
+    inputs: Annotated[list[str] | None, typer.Option(
+        "--input", metavar="NAME=FILE.npy|FILE.npz", help="One input, or several by their names. May be repeated.",
+    )] = None,
+    random: Annotated[bool, typer.Option("--random", help="Random inputs where no --input gives one.")] = False,
+    shape: opt.Shapes = None,
+    seed: Seed = 0,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE.npz", help="Keep the outputs.")] = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Runs an engine once."""
+    from modcompile.engine import load_engine
+    from modcompile.sample_inputs import sample_inputs
+
+    shapes = opt.read_shapes(shape)
+    arrays = _read_arrays(inputs)
+    with working("loading the engine") as say, load_engine(engine) as loaded:
+        if random:
+            arrays = {**sample_inputs(loaded.inputs, shapes, seed=seed), **arrays}
+        elif shapes:
+            raise UsageError("--shape is the shape of random inputs", expected="--random", where="--shape")
+        say("running")
+        start_s = time.perf_counter()
+        results = loaded.run(arrays)
+        taken_ms = (time.perf_counter() - start_s) * 1e3
+    if output is not None:
+        _save_arrays(output, results)
+    rows = [(name, value.dtype.name, shape_text(value.shape)) for name, value in results.items()]
+    data = {"milliseconds": taken_ms, "output": None if output is None else str(output),
+            "outputs": {name: {"dtype": value.dtype.name, "shape": value.shape} for name, value in results.items()}}
+    emit(as_json, data, table(f"{engine}: {taken_ms:.1f} ms for the first run", ("output", "dtype", "shape"), rows))
+
+
+def verify(
+    model: opt.ModelArgument,
+    engine: EngineArgument,
+    per_block: Annotated[bool, typer.Option("--per-block", help="Compare at every block's border, too.")] = False,
+    tolerance: Annotated[float | None, typer.Option(
+        min=0, help="Of errors relative to the model's numbers. By default 1e-4 in fp32, 1e-2 in fp16, 5e-2 in bf16.",
+    )] = None,
+    shape: opt.Shapes = None,
+    seed: Seed = 0,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Compares an engine's outputs with its model's, on random inputs; exits with 4 where they differ."""
+    import modcompile as mc
+    from modcompile.convert import padding_mask
+    from modcompile.load_source import load_graph
+    from modcompile.sample_inputs import index_limits, sample_inputs
+
+    shapes = opt.read_shapes(shape)
+    with working("loading the model") as say:
+        graph = load_graph(model)
+        say("loading the engine")
+        with mc.load_engine(engine) as loaded:
+            say("comparing")
+            config = graph.config if isinstance(graph, mc.MoDModel) else mc.MoDConfig()
+            inputs = sample_inputs(loaded.inputs, shapes, limits=index_limits(graph), seed=seed,
+                                   padding_mask=padding_mask(graph, config))
+            report = mc.verify(graph, loaded, inputs, per_block=per_block, tolerance=tolerance)
+    emit(as_json, report.to_dict(), report)
+
+
+def bench(
+    model: opt.ModelArgument,
+    runtime: Runtime = "ort",
+    precision: opt.Precision = "fp32",
+    shape: opt.Shapes = None,
+    runs: Annotated[int, typer.Option(min=1, help="How many times each engine runs.")] = 30,
+    variants: Annotated[str, typer.Option(help="What is timed, separated by commas.")] = "dense,mod,oracle,pruned",
+    threads: Annotated[int | None, typer.Option(min=1, help="ONNX Runtime's threads; by default one a core.")] = None,
+    seed: Seed = 0,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Keep the figures, as JSON.",
+                                                )] = None,
+    blocks: opt.Blocks = None,
+    capacity_ratio: opt.CapacityRatio = None,
+    capacity_multiple: opt.CapacityMultiple = None,
+    gate: opt.Gate = None,
+    attend_to: opt.AttendTo = None,
+    axis: opt.Axis = None,
+    padding_mask: opt.PaddingMask = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Times dense, routed, oracle and pruned engines side by side; a dense model is converted first."""
+    import modcompile as mc
+    from modcompile.load_source import load_source
+
+    given: dict[str, Any] = {
+        "blocks": blocks, "capacity_ratio": capacity_ratio, "capacity_multiple": capacity_multiple, "gate": gate,
+        "attend_to": attend_to, "axis": axis, "padding_mask": padding_mask,
+    }
+    config, shapes = opt.config_from(**given), opt.read_shapes(shape)
+    with working("loading the model") as say:
+        source = load_source(model)
+        if source.converted and any(value is not None for value in given.values()):
+            names = ", ".join(name for name, value in given.items() if value is not None)
+            raise UsageError("a converted model keeps the options it was converted with", found=names, where=model,
+                             fix="name the dense model it came from, or leave these options out")
+        say("converting")
+        mod = source.converted or mc.convert(source.model, source.example_inputs, config)
+        report = mc.benchmark(mod, runtime=runtime, precision=precision, shapes=shapes, runs=runs, seed=seed,
+                              variants=[name.strip() for name in variants.split(",")], progress=say,
+                              options={} if threads is None else {"intra_op_threads": threads})
+    if output is not None:
+        _write_whole(output, lambda file: file.write(json.dumps(report.to_dict(), indent=2).encode()))
+    emit(as_json, report.to_dict(), report)
+
+
+def _read_arrays(texts: list[str] | None) -> dict[str, "np.ndarray"]:
+    import numpy as np
+
+    arrays: dict[str, np.ndarray] = {}
+    for text in texts or ():
+        name, _, path = text.rpartition("=")
+        try:
+            # Never a pickle: an array of objects is an error.
+            content = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UsageError("an input cannot be read", expected="NAME=FILE.npy, or FILE.npz", found=error,
+                             where=text) from error
+        if isinstance(content, np.ndarray) != bool(name):
+            raise UsageError("an array has a name and an archive has the names in it", found=text,
+                             expected="--input NAME=FILE.npy or --input FILE.npz", where="--input")
+        arrays |= {name: content} if name else dict(content)
+    return arrays
+
+
+def _save_arrays(path: Path, arrays: dict[str, "np.ndarray"]) -> None:
+    import numpy as np
+
+    # The file format has no bfloat16; as float32 it keeps every bit.
+    kept = {name: array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+            for name, array in arrays.items()}
+    _write_whole(path, lambda file: np.savez(file, allow_pickle=False, **kept))
+
+
+def _write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Writes a file that appears complete or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        try:
+            with open(partial, "xb") as file:
+                write(file)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError("the output cannot be written", expected="a folder that exists, may be written and has room",
+                         found=error.strerror or error, where=path) from error

@@ -1,0 +1,146 @@
+"""Verbs on models: inspect, convert, diff, export."""
+
+__all__ = ["convert", "diff", "export", "inspect"]
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from modcompile.cli import options as opt
+from modcompile.cli.console import emit, engineering, shape_text, sizes_text, table, working
+from modcompile.cli.summary import summarise, summary_table
+from modcompile.errors import UsageError
+
+if TYPE_CHECKING:
+    from modcompile.config import MoDConfig
+    from modcompile.model import MoDModel
+
+
+def inspect(model: opt.ModelArgument, shape: opt.Shapes = None, as_json: opt.AsJson = False) -> None:
+    """Shows a dense model's blocks: what can be routed, the reason for what cannot, and FLOPs for the given shape."""
+    from modcompile.blocks import find_blocks
+    from modcompile.capture import capture
+    from modcompile.flops import flops_by_module
+    from modcompile.load_source import load_source
+    from modcompile.sample_inputs import symbol_sizes
+
+    shapes = opt.read_shapes(shape)
+    with working("loading the model") as say:
+        source = load_source(model)
+        if source.converted:
+            raise UsageError("the model is converted already", where=model, fix=f"modcompile report {model}")
+        say("capturing the graph")
+        graph = capture(source.model, source.example_inputs)
+        report = find_blocks(graph)
+        sizes = {**graph.hints, **symbol_sizes(graph.inputs, shapes)}
+        flops = flops_by_module(graph, sizes)
+    parameters = {name: parameter.numel() for name, parameter in source.model.named_parameters()}
+    data: dict[str, Any] = {
+        "model": model,
+        "sizes": sizes,
+        "parameters": sum(parameters.values()),
+        "flops": flops[""],
+        "blocks": [{
+            "path": block.path,
+            "hidden_shape": block.hidden_shape,
+            "routable": block.routable,
+            "reason": block.reason,
+            "parameters": sum(size for name, size in parameters.items() if name.startswith(block.path + ".")),
+            "flops": flops.get(block.path, 0),
+        } for block in report],
+    }
+    rows = [(row["path"], shape_text(row["hidden_shape"]), engineering(row["parameters"]), engineering(row["flops"]),
+             f"{row['flops'] / max(1, flops['']):.1%}", row["reason"] or "yes") for row in data["blocks"]]
+    title = (f"{model}: {len(report.routable)} of {len(report)} blocks can be routed; "
+             f"{engineering(data['parameters'])} parameters, {engineering(flops[''])} FLOPs for {sizes_text(sizes)}")
+    emit(as_json, data, table(title, ("block", "hidden state", "parameters", "FLOPs", "share", "can be routed"), rows))
+
+
+def convert(
+    model: opt.ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the converted model goes.")],
+    blocks: opt.Blocks = None,
+    capacity_ratio: opt.CapacityRatio = None,
+    capacity_multiple: opt.CapacityMultiple = None,
+    gate: opt.Gate = None,
+    attend_to: opt.AttendTo = None,
+    axis: opt.Axis = None,
+    padding_mask: opt.PaddingMask = None,
+    overwrite: opt.Overwrite = False,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Converts a dense model into Mixture-of-Depths form and saves it."""
+    config = opt.config_from(blocks=blocks, capacity_ratio=capacity_ratio, capacity_multiple=capacity_multiple,
+                             gate=gate, attend_to=attend_to, axis=axis, padding_mask=padding_mask)
+    with working("loading the model") as say:
+        mod = _converted(model, config, say)
+        say("saving")
+        mod.save_pretrained(output, overwrite=overwrite)
+        say("counting")
+        summary = summarise(mod)
+    emit(as_json, {"output": str(output), **summary}, summary_table(str(output), summary))
+
+
+def diff(
+    model: opt.ModelArgument,
+    blocks: opt.Blocks = None,
+    capacity_ratio: opt.CapacityRatio = None,
+    capacity_multiple: opt.CapacityMultiple = None,
+    gate: opt.Gate = None,
+    attend_to: opt.AttendTo = None,
+    axis: opt.Axis = None,
+    padding_mask: opt.PaddingMask = None,
+    context: Annotated[int, typer.Option(min=0, help="Unchanged lines around each change.")] = 3,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Shows what conversion with these options changes in a dense model's graph, as a unified diff."""
+    config = opt.config_from(blocks=blocks, capacity_ratio=capacity_ratio, capacity_multiple=capacity_multiple,
+                             gate=gate, attend_to=attend_to, axis=axis, padding_mask=padding_mask)
+    with working("loading the model") as say:
+        mod = _converted(model, config, say)
+        before, after = mod.variant(mod.dense_program).format(), mod.format()
+    lines = list(difflib.unified_diff(before.splitlines(), after.splitlines(), "dense", "routed", lineterm="",
+                                      n=context))
+    colours = {"+": "green", "-": "red", "@": "cyan"}
+    text = Text("\n").join(Text(line, colours.get(line[:1], "")) for line in lines)
+    emit(as_json, {"model": model, "diff": lines}, text)
+
+
+def export(
+    model: opt.ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The ONNX file to write.")],
+    opset: Annotated[int, typer.Option(help="17 to 23.")] = 18,
+    inline: Annotated[bool, typer.Option("--inline", help="Flatten functions, for older readers.")] = False,
+    precision: opt.Precision = "fp32",
+    shape: opt.Shapes = None,
+    external_data: Annotated[bool, typer.Option("--external-data", help="Put the weights in FILE.data.")] = False,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Writes a dense or converted model as ONNX."""
+    from modcompile.export import export_onnx
+    from modcompile.load_source import load_source
+
+    shapes = opt.read_shapes(shape)
+    with working("loading the model") as say:
+        source = load_source(model)
+        say("exporting")
+        path = export_onnx(source.model, output, example_inputs=source.example_inputs, opset=opset, inline=inline,
+                           precision=precision, shapes=shapes, external_data=external_data)
+    files = {str(file): file.stat().st_size for file in (path, path.with_name(f"{path.name}.data")) if file.exists()}
+    emit(as_json, {"output": str(path), "opset": opset, "precision": precision, "files": files},
+         table(f"opset {opset}, {precision}", ("file", "bytes"), [(n, engineering(size)) for n, size in files.items()]))
+
+
+def _converted(model: str, config: "MoDConfig", say: Callable[[str], None]) -> "MoDModel":
+    from modcompile.convert import convert
+    from modcompile.load_source import load_source
+
+    source = load_source(model)
+    if source.converted:
+        raise UsageError("the model is converted already", where=model, fix="name the dense model it came from")
+    say("converting")
+    return convert(source.model, source.example_inputs, config)
