@@ -34,14 +34,12 @@ class Side:
     Attributes:
         node: The value in the main graph.
         rank: The rank that its consumer broadcasts it to; leading dims of 1 are added up to there.
-        rows: Dims, counted at that rank, that run along the sequence.
-        batched: Whether dim 0, at that rank, runs along the batch.
+        folded: How many places dim 0 has for each sequence: more than 1 where heads are folded into the batch.
     """
 
     node: torch.fx.Node
     rank: int
-    rows: tuple[int, ...]
-    batched: bool
+    folded: int = 1
 
 
 # Stands for the number of rows that a block sees, in the sizes inside it.
@@ -345,17 +343,17 @@ def side_rank(arg: torch.fx.Node, user: torch.fx.Node) -> int:
 
 def _side(arg: torch.fx.Node, user: torch.fx.Node, batch: sympy.Expr, rows: sympy.Expr) -> Side | Skip:
     exprs = shape_exprs(arg) or ()
-    own = [i for i, e in enumerate(exprs) if e == rows]
     for expr in exprs:
         if expr != rows and ROWS in _in_rows(expr, batch, rows).free_symbols:
             return Skip(f"the side input {_describe(arg)} has a dim of {expr}, which cannot be gathered")
-    if not own and batch not in exprs:
+    if not any(batch in expr.free_symbols | {expr} or expr == rows for expr in exprs):
         # Nothing to gather: parameters, tables and scalars go in as they are.
-        return Side(arg, len(exprs), (), False)
+        return Side(arg, len(exprs))
     rank = side_rank(arg, user)
-    lead = rank - len(exprs)
-    aligned = (sympy.Integer(1),) * lead + exprs
-    side = Side(arg, rank, tuple(i + lead for i in own), aligned[0] == batch)
-    if aligned[0] != batch and (batch in aligned or (own and aligned[0] != 1)):
-        return Skip(f"the side input {_describe(arg)} of {user.name} has no leading batch dim to gather along")
-    return side
+    first = exprs[0] if rank == len(exprs) else sympy.Integer(1)
+    if first == batch or (first == 1 and batch not in exprs):
+        return Side(arg, rank)
+    places = first / batch
+    if places.is_Integer and batch not in exprs:
+        return Side(arg, rank, int(places))
+    return Skip(f"the side input {_describe(arg)} of {user.name} has no leading batch dim to gather along")

@@ -80,10 +80,11 @@ def capture(model: nn.Module, example_inputs: dict | tuple | torch.Tensor, *, dy
     from modcompile.passes.functionalize import Functionalize
     from modcompile.passes.hoist_sizes import HoistSizes
     from modcompile.passes.remove_noops import RemoveNoops
+    from modcompile.passes.split_baddbmm import SplitBaddbmm
 
     made = GraphModel(graph_module, interface, hints)
     # Without writes and tracing leftovers, and with sizes computed once, blocks have only the inputs they need.
-    manager = PassManager([Functionalize(), RemoveNoops(), HoistSizes()])
+    manager = PassManager([Functionalize(), SplitBaddbmm(), RemoveNoops(), HoistSizes()])
     manager(graph_module)
     made.passes = manager.ran
     return made

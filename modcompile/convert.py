@@ -13,7 +13,6 @@ from modcompile.manifest import RoutedBlock
 from modcompile.model import GraphModel, MoDModel
 from modcompile.pass_manager import Pass, PassManager
 from modcompile.passes.attend_to_all import AttendToAll
-from modcompile.passes.fuse_attention import FuseAttention
 from modcompile.passes.outline_blocks import OutlineBlocks
 from modcompile.passes.round_capacity import RoundCapacity
 from modcompile.passes.route_blocks import RouteBlocks
@@ -85,8 +84,6 @@ def routing_passes(source: GraphModel, routed: list[str], config: MoDConfig) -> 
     split = config.attend_to == "all" and config.axis == "token"
     return [
         *([
-            # Attention written out as products and a softmax becomes one node, which the next two look for.
-            FuseAttention(paths),
             # Queries of rows that pass by are never needed: a fused projection would compute them.
             SplitFusedQkv(paths),
             # Keys and values from all rows, everything else from the chosen ones.

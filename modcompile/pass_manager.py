@@ -99,7 +99,8 @@ class PassManager:
     def _settle(stage: Pass, graph_module: torch.fx.GraphModule) -> None:
         try:
             for _, module in nested_graphs(graph_module):
-                module.graph.eliminate_dead_code()
+                # A random op is dead code too, if nothing uses it.
+                module.graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=False))
                 module.graph.lint()
                 module.recompile()
             propagate_missing(graph_module)

@@ -10,7 +10,6 @@ from modcompile.flops import count_flops, flops_by_module
 from modcompile.interface import Interface
 from modcompile.model import GraphModel, MoDModel
 from modcompile.passes.attend_to_all import AttendToAll
-from modcompile.passes.fuse_attention import FuseAttention
 from modcompile.passes.prune_blocks import PruneBlocks
 from modcompile.passes.routing_outputs import ROLES, RoutingOutputs
 from modcompile.passes.split_fused_qkv import SplitFusedQkv
@@ -32,7 +31,7 @@ def oracle_model(mod: MoDModel) -> GraphModel:
     ratios = tuple(block.capacity_ratio for block in mod.routed_blocks)
     config = mod.config
     split = config.attend_to == "all" and config.axis == "token"
-    stages = [FuseAttention(paths), SplitFusedQkv(paths), AttendToAll(paths)] if split else []
+    stages = [SplitFusedQkv(paths), AttendToAll(paths)] if split else []
     return mod.variant(mod.dense_program, *stages, TakeFirstRows(paths, ratios, config.axis, config.capacity_multiple))
 
 

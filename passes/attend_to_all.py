@@ -10,11 +10,13 @@
 Why: the chosen rows' result is exactly the dense block's, at the cost of the keys and values of the others. Pretrained
 models want it.
 
-1. What the key and value operands need is computed on all rows; everything else on the chosen ones.
+1. What the key and value operands need is computed on all rows, as is a bias that is made from the rows themselves;
+   everything else on the chosen ones.
 2. A value of all rows that a chosen row needs is gathered; a view of one, or one whose batch and rows are merged into
    one dim, is computed again from what it was made of, which is gathered.
-3. The mask is gathered along the query dim only; a causal flag becomes position >= key position.
-4. A size R becomes K where chosen rows are reshaped.
+3. Scores have queries along the last dim but one, and keys along the last: what is combined with them (masks, biases)
+   is gathered along the first of these alone; a causal flag becomes position >= key position.
+4. A size R becomes K where chosen rows are reshaped; the last size of scores stays.
 """
 
 import dataclasses
@@ -25,19 +27,14 @@ import torch.fx
 from modcompile.passes.hoist_sizes import emit_size
 from modcompile.passes.route_blocks import POSITIONS, gather_side, takes_positions
 
+from modcompile.attention import VIEWS, SelfAttention, ancestors, attention_arguments, self_attention
 from modcompile.errors import PassContractError, UnsupportedGraphError
 from modcompile.pass_manager import Pass, PassResult, Skip
 from modcompile.shapes import fake_mode_of, new_symbol, shape_exprs, size_value
 
-__all__ = ["VIEWS", "AttendToAll", "attention_arguments", "self_attention"]
+__all__ = ["AttendToAll"]
 
 aten = torch.ops.aten
-SDPA = aten.scaled_dot_product_attention.default
-# Ops that move no data of their own: what they give is what they were given.
-VIEWS = frozenset({aten.reshape.default, aten.transpose.int, aten.permute.default, aten.unsqueeze.default,
-                   aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims, aten.unflatten.int,
-                   aten.flatten.using_ints, aten.contiguous.default, aten.clone.default, aten.view.default,
-                   aten.expand.default, aten.alias.default, aten.dropout.default})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,47 +80,15 @@ class AttendToAll(Pass):
                                         fix='use attend_to="chosen", and report the model')
 
 
-def attention_arguments(node: torch.fx.Node) -> dict:
-    """The arguments of an attention node by name, with defaults."""
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    defaults = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
-    return {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
-
-
-def ancestors(nodes: list[torch.fx.Node]) -> set[torch.fx.Node]:
-    """The nodes that the given ones are computed from, themselves included."""
-    found, pending = set(), list(nodes)
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending.extend(node.all_input_nodes)
-    return found
-
-
-def self_attention(graph: torch.fx.Graph) -> torch.fx.Node | Skip:
-    """The one attention whose keys come from the block's hidden state."""
-    hidden = graph.find_nodes(op="placeholder")[0]
-    nodes = graph.find_nodes(op="call_function", target=SDPA)
-    own = [node for node in nodes if hidden in ancestors([attention_arguments(node)["key"]])]
-    if len(own) == 1:
-        return own[0]
-    softmaxes = [node.name for node in graph.nodes if "softmax" in str(node.target)]
-    return Skip(f"{len(own)} self-attentions as scaled_dot_product_attention" if own or not softmaxes else
-                f"attention written out around {softmaxes[0]} in a form that fuse-attention does not know",
-                softmaxes[0] if softmaxes and not own else "")
-
-
 class _Split:
     """One sub-graph being split."""
 
-    def __init__(self, body: torch.fx.GraphModule, attention: torch.fx.Node, path: str):
+    def __init__(self, body: torch.fx.GraphModule, attention: SelfAttention, path: str):
         self.graph, self.attention, self.path = body.graph, attention, path
         self.inputs = body.graph.find_nodes(op="placeholder")
         self.hidden = self.inputs[0]
         self.batch, self.rows = (shape_exprs(self.hidden) or ())[:2]
-        self.arguments = attention_arguments(attention)
-        self.keys = ancestors([self.arguments["key"], self.arguments["value"]])
+        self.keys = ancestors([attention.key, attention.value, *self._beside()])
         self.versions: dict[tuple, torch.fx.Node] = {}
         self.sizes: dict = {}
         mode = fake_mode_of(body)
@@ -135,14 +100,22 @@ class _Split:
             self.positions.meta["val"] = torch.empty([self.hidden.meta["val"].shape[0], count], dtype=torch.int64,
                                                      device=self.hidden.meta["val"].device)
 
+    def _beside(self) -> list[torch.fx.Node]:
+        """What the scores are combined with, and is made from the rows as well: a bias between contents and places."""
+        scores = {*self.attention.scores, self.attention.first}
+        return [arg for node in self.attention.scores for arg in node.all_input_nodes
+                if arg not in scores and size_value(arg) is None and self.hidden in ancestors([arg])]
+
     def run(self) -> None:
         """Rewrites what is not needed by keys and values."""
         chosen = [node for node in self.graph.nodes if node.op == "call_function" and node not in self.keys
                   and size_value(node) is None and self.hidden in ancestors([node])]
         for node in chosen:
             with self.graph.inserting_before(node):
-                if node is self.attention:
+                if node is self.attention.first and self.attention.fused:
                     self._query_only(node)
+                elif node in self.attention.scores or node in (self.attention.first, self.attention.last):
+                    self._reroute_scores(node)
                 else:
                     self._reroute(node)
             node.meta.pop("val", None)
@@ -150,18 +123,47 @@ class _Split:
     def _reroute(self, node: torch.fx.Node) -> None:
         node.args, node.kwargs = torch.fx.node.map_arg((node.args, node.kwargs), self._version)
 
+    def _reroute_scores(self, node: torch.fx.Node) -> None:
+        """Case 3, written out: keys and values stay as they are, so does the last size of scores."""
+        attention = self.attention
+        kept = {attention.first: attention.key, attention.last: attention.value}.get(node)
+        own = {*attention.scores, attention.first, attention.query}
+
+        def version(arg):
+            if arg is kept:
+                return arg
+            return self._version(arg) if size_value(arg) is not None or arg in own else self._beside_scores(arg)
+
+        args = [torch.fx.node.map_arg(arg, version) for arg in node.args]
+        if node.target in VIEWS and node is not attention.last and isinstance(node.args[1], list | tuple):
+            args[1] = [*args[1][:-1], node.args[1][-1]]
+        node.args, node.kwargs = tuple(args), torch.fx.node.map_arg(node.kwargs, version)
+
     def _query_only(self, node: torch.fx.Node) -> None:
-        """Case 3."""
-        mask = self.arguments["attn_mask"]
+        """Case 3, in one node."""
+        arguments = attention_arguments(node)
+        mask = arguments["attn_mask"]
         if mask is not None:
-            exprs = shape_exprs(mask) or ()
-            along = (len(exprs) - 2,) if exprs[-2] == self.rows else ()
-            mask = gather_side(self.graph, mask, along, exprs[0] == self.batch, self.positions)
-        elif self.arguments["is_causal"]:
+            mask = self._beside_scores(mask)
+        elif arguments["is_causal"]:
             mask = self._causal_mask()
-        query = self._version(self.arguments["query"])
-        node.args = (query, self.arguments["key"], self.arguments["value"], mask, self.arguments["dropout_p"], False)
+        query = self._version(self.attention.query)
+        node.args = (query, arguments["key"], arguments["value"], mask, arguments["dropout_p"], False)
         node.kwargs = {name: node.kwargs[name] for name in ("scale", "enable_gqa") if name in node.kwargs}
+
+    def _beside_scores(self, arg: torch.fx.Node) -> torch.fx.Node:
+        """A mask or bias [..., R or 1, R], with its rows at the chosen positions."""
+        exprs = shape_exprs(arg) or ()
+        if len(exprs) < 2 or exprs[-2] != self.rows:
+            return arg
+        if exprs[0] in (1, self.batch):
+            return gather_side(self.graph, arg, (len(exprs) - 2,), exprs[0] == self.batch, self.positions)
+        if not (exprs[0] / self.batch).is_Integer:
+            raise self._unfit(arg, "masks and biases with a leading dim of the batch, or of 1")
+        # Heads are folded into the batch.
+        unfolded = self.graph.call_function(aten.unflatten.int, (arg, 0, [-1, int(exprs[0] / self.batch)]))
+        gathered = gather_side(self.graph, unfolded, (len(exprs) - 1,), True, self.positions)
+        return self.graph.call_function(aten.flatten.using_ints, (gathered, 0, 1))
 
     def _causal_mask(self) -> torch.fx.Node:
         """[B, 1, K, R]: a chosen row sees the keys up to its own position."""
@@ -197,10 +199,7 @@ class _Split:
     def _gather(self, arg: torch.fx.Node, exprs: tuple) -> torch.fx.Node:
         along = [i for i, e in enumerate(exprs) if e == self.rows]
         if len(along) != 1 or (self.batch not in exprs and exprs[0] != 1):
-            raise UnsupportedGraphError(f"block {self.path} cannot attend to all rows", where=arg.name,
-                                        expected="values with one dim along the sequence and one along the batch",
-                                        found=f"{arg.name} [{', '.join(map(str, exprs))}]",
-                                        fix='use attend_to="chosen"')
+            raise self._unfit(arg, "values with one dim along the sequence and one along the batch")
         lead = exprs.index(self.batch) if self.batch in exprs else 0
         if lead == 0:
             return gather_side(self.graph, arg, (along[0],), self.batch in exprs, self.positions)
@@ -209,6 +208,11 @@ class _Split:
         rows = lead if along[0] == 0 else along[0]
         gathered = gather_side(self.graph, swapped, (rows,), True, self.positions)
         return self.graph.call_function(aten.transpose.int, (gathered, 0, lead))
+
+    def _unfit(self, arg: torch.fx.Node, expected: str) -> UnsupportedGraphError:
+        return UnsupportedGraphError(f"block {self.path} cannot attend to all rows", expected=expected, where=arg.name,
+                                     found=f"{arg.name} [{', '.join(map(str, shape_exprs(arg) or ()))}]",
+                                     fix='use attend_to="chosen"')
 
     def _size(self, expr):
         if expr not in self.sizes:

@@ -4,7 +4,7 @@
              %s = aten.masked_fill(%s, %mask, -inf);  %p = aten.softmax(%s, -1);  %y = aten.matmul(%p, %v)
     after:   %y = aten.scaled_dot_product_attention(%q, %k, %v, aten.logical_not(%mask), 0.0, False, scale=0.125)
 
-Why: attend-to-all looks for the operands of one node, and runtimes have a fused kernel for it.
+Why: runtimes have a fused kernel for one node, and the export chooses the form that each of them takes.
 
 1. Scores may be scaled by numbers, before the mask.
 2. One mask: added, or filled with -1e4 or less where true, or filled by a where.
@@ -30,25 +30,18 @@ LOW = -1e4
 
 @dataclasses.dataclass(frozen=True)
 class FuseAttention(Pass):
-    """Fuses attention in the named blocks.
-
-    Attributes:
-        blocks: Module paths of sub-graphs.
-    """
+    """Fuses every attention of the form above."""
 
     name: ClassVar[str] = "fuse-attention"
-    blocks: tuple[str, ...] = ()
 
     def call(self, graph_module: torch.fx.GraphModule) -> PassResult:
         """Starts from each softmax."""
         skips, modified = [], False
-        for path in self.blocks:
-            graph = graph_module.get_submodule(path).graph
-            for softmax in graph.find_nodes(op="call_function", target=aten.softmax.int):
-                reason = _fuse(graph, softmax)
-                if reason:
-                    skips.append(Skip(f"{path}: {reason}", softmax.name))
-                modified |= reason is None
+        for softmax in graph_module.graph.find_nodes(op="call_function", target=aten.softmax.int):
+            reason = _fuse(graph_module.graph, softmax)
+            if reason:
+                skips.append(Skip(reason, softmax.name))
+            modified |= reason is None
         return PassResult(graph_module, modified, tuple(skips))
 
 

@@ -8,6 +8,7 @@ Why: the sub-graph takes its sizes from its hidden state, so the same text compu
 the routed one. It keeps the source's parameter names, for it stands where the source's module stood.
 
 1. Side inputs are aligned to the rank their consumer broadcasts them to, so that they can be gathered per sequence.
+   A dim 0 that holds heads folded into the batch is unfolded outside of the sub-graph, and folded again inside.
 2. A size becomes arithmetic on the dims of the sub-graph's inputs; so does a literal S, where the sequence is fixed.
 3. Parameters of other modules come in as side inputs.
 """
@@ -30,7 +31,7 @@ from modcompile.spec import TensorSpec, dtype_name
 
 __all__ = ["OutlineBlocks"]
 
-sym_size = torch.ops.aten.sym_size.int
+aten = torch.ops.aten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,9 @@ def _outline(graph_module: torch.fx.GraphModule, view: BlockView, known: dict) -
             value = side.node
             # Case 1.
             for _ in range(side.rank - len(shape_exprs(side.node) or ())):
-                value = graph.call_function(torch.ops.aten.unsqueeze.default, (value, 0))
+                value = graph.call_function(aten.unsqueeze.default, (value, 0))
+            if side.folded > 1:
+                value = graph.call_function(aten.unflatten.int, (value, 0, [-1, side.folded]))
             arguments.append(value)
         call = graph.call_module(view.path, (view.hidden, *arguments))
     call.meta = {"val": view.result.meta["val"]}
@@ -130,6 +133,9 @@ class _Body:
         self.view, self.graph = view, torch.fx.Graph()
         self.values = {view.hidden: self.graph.placeholder("hidden")}
         self.side_values = {key: self.graph.placeholder(side.node.name) for key, side in view.sides.items()}
+        for key, side in view.sides.items():
+            if side.folded > 1:
+                self.side_values[key] = self.graph.call_function(aten.flatten.using_ints, (self.side_values[key], 0, 1))
         # Case 2: where each symbol can be read off the inputs, the hidden state first.
         self.sources: dict[sympy.Expr, tuple[torch.fx.Node, int]] = {}
         self.sizes: dict[sympy.Expr, torch.fx.Node] = {}
@@ -181,7 +187,7 @@ class _Body:
             used = [symbol for symbol in self.sources if symbol == expr or symbol in expr.free_symbols]
             for symbol in used:
                 if symbol not in self.sizes:
-                    self.sizes[symbol] = self.graph.call_function(sym_size, self.sources[symbol])
+                    self.sizes[symbol] = self.graph.call_function(aten.sym_size.int, self.sources[symbol])
             if expr not in self.sizes:
                 self.sizes[expr] = emit_size(self.graph, expr, {s: self.sizes[s] for s in used})
         return self.sizes[expr]
@@ -201,9 +207,11 @@ class _Body:
             hints.setdefault(str(expr), dim.node.hint if isinstance(dim, torch.SymInt) else int(dim))
             return str(expr)
 
-        specs = []
-        for node, rank in [(self.view.hidden, 3), *self.side_values]:
-            value = node.meta["val"]
-            dims = tuple(map(name, value.shape))
-            specs.append(TensorSpec(node.name, dtype_name(value.dtype), (1,) * (rank - len(dims)) + dims))
+        hidden = self.view.hidden.meta["val"]
+        specs = [TensorSpec("hidden", dtype_name(hidden.dtype), tuple(map(name, hidden.shape)))]
+        for side in self.view.sides.values():
+            value = side.node.meta["val"]
+            lead = (1,) * (side.rank - value.dim()) if side.folded == 1 else (specs[0].shape[0], side.folded)
+            dims = tuple(map(name, value.shape[side.folded > 1:]))
+            specs.append(TensorSpec(side.node.name, dtype_name(value.dtype), lead + dims))
         return specs, hints

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 
 import torch
 import torch.fx
-from modcompile.passes.attend_to_all import VIEWS, ancestors, attention_arguments, self_attention
 
+from modcompile.attention import VIEWS, SelfAttention, ancestors, self_attention
 from modcompile.pass_manager import Pass, PassResult, Skip
 from modcompile.shapes import shape_exprs, size_value
 
@@ -50,8 +50,7 @@ class SplitFusedQkv(Pass):
             attention = self_attention(graph)
             if isinstance(attention, Skip):
                 continue
-            operands = attention_arguments(attention)
-            query, others = ancestors([operands["query"]]), ancestors([operands["key"], operands["value"]])
+            query, others = ancestors([attention.query]), ancestors([attention.key, attention.value])
             fused = [node for node in graph.nodes if node in query and node in others and node.target in PROJECTIONS
                      and node.args[PROJECTIONS[node.target][0]].op == "get_attr"]
             # The last one: what comes before it is not the projection but what it projects.
@@ -63,11 +62,11 @@ class SplitFusedQkv(Pass):
         return PassResult(graph_module, modified, tuple(skips))
 
 
-def _split(graph: torch.fx.Graph, fused: torch.fx.Node, others: set, attention: torch.fx.Node) -> str | None:
+def _split(graph: torch.fx.Graph, fused: torch.fx.Node, others: set, attention: SelfAttention) -> str | None:
     hidden = graph.find_nodes(op="placeholder")[0]
     batch, rows = (shape_exprs(hidden) or ())[:2]
     numbers = _feature_numbers(graph, fused, batch, rows)
-    query = ancestors([attention_arguments(attention)["query"]])
+    query = ancestors([attention.query])
     parts = [node for node in numbers if isinstance(numbers[node], torch.Tensor)
              and (node in query) != (node in others)
              and not any(arg in numbers and isinstance(numbers[arg], torch.Tensor) and (arg in query) != (arg in others)

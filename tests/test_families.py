@@ -32,8 +32,9 @@ ALWAYS = {
     "vit", "dinov2",
     "torch-encoder", "torch-causal", "small-gpt", "inner-rotary",
 }  # fmt: skip
-# The graph of torch.export resizes the table of relative positions to other last bits than eager does.
-ROUNDED_BY_EXPORT = {"beit"}
+# The graph of torch.export resizes beit's table of relative positions to other last bits than eager does; bloom's
+# product with a bias is one operation there, and two in the graph.
+ROUNDED = {"beit", "bloom"}
 
 
 class Subject:
@@ -94,7 +95,7 @@ def test_at_full_capacity_it_is_the_dense_model(subject: Subject, attend_to: str
         assert type(routed) is type(dense)
         far = farthest(routed, dense, subject.member.valid(inputs))
         # Split projections may round differently; a block that takes all rows runs the very same kernels.
-        exact = attend_to == "chosen" and subject.member.name not in ROUNDED_BY_EXPORT
+        exact = attend_to == "chosen" and subject.member.name not in ROUNDED
         assert far <= (EXACT if exact else EAGER)
 
 

@@ -317,7 +317,7 @@ def test_it_is_called_like_its_source(mod, source):
     assert mod.inputs == mod.interface.inputs and [spec.name for spec in mod.outputs] == ["logits"]
     with torch.no_grad():
         assert torch.equal(mod(ids=IDS)["logits"], mod(IDS, shift=True)["logits"])
-    with pytest.raises(UsageError, match="unexpected input shift"):
+    with pytest.raises(UsageError, match="argument shift is not what the model was captured with"):
         mod(IDS, shift=False)
     with pytest.raises(UsageError, match="input ids has the wrong dtype"):
         mod(IDS.int())

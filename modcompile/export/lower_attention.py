@@ -11,6 +11,7 @@ small block.
 1. Keys and values that were repeated for groups of heads are passed as they are.
 2. A bool mask is added instead. Its fill is finite, half of the lowest number. Rows that may attend to nothing, as
    padding does, then average over everything; torch gives zeros, a runtime that takes -inf NaN, which would spread.
+   A mask that is added already is clamped to that number, unless it was clamped when it was cast.
 3. A mask with one row for all queries is expanded where the operator wants a row for each (``expand_rows``).
 4. A causal flag becomes a mask where the operator has no such flag (``causal_masks``).
 """
@@ -83,6 +84,9 @@ class LowerAttention(Pass):
             mask = once((mask, "rows", rows), functools.partial(_expand_rows, graph, mask, query))
         if mask_is_bool:
             mask = once((mask, "add", dtype), functools.partial(_additive, graph, mask, dtype))
+        elif mask.meta["val"].dtype == torch.float32:
+            mask = once((mask, "clamp"), functools.partial(graph.call_function, aten.clamp.default,
+                                                           (mask, torch.finfo(torch.float32).min / 2)))
         # Dropout is training's; what is left besides are keywords alone.
         node.args = (query, key, value, mask, 0.0, causal)
         node.kwargs = {name: value for name, value in node.kwargs.items() if name in ("scale", "enable_gqa")}

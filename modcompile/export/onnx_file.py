@@ -29,6 +29,7 @@ from modcompile.model import GraphModel
 from modcompile.pass_manager import Pass, PassManager
 from modcompile.passes.cast_precision import CastPrecision
 from modcompile.passes.fold_straight_through import FoldStraightThrough
+from modcompile.passes.fuse_attention import FuseAttention
 
 OPSETS = range(17, 24)
 # The dtype that the float32 graph is cast to.
@@ -96,6 +97,7 @@ def lowering_passes(opset: int, half: Literal["float16", "bfloat16"] | None = No
         # A constant gate must not look like arithmetic on logits to what follows.
         FoldStraightThrough(),
         # Before the cast: what an operator does inside, it does in float32.
+        FuseAttention(),
         FuseRmsNorm(),
         # Below, there is no operator to fuse to.
         *([FuseRotary()] if fused else []),

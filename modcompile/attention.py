@@ -1,0 +1,125 @@
+"""Finds where the rows of a block see each other, as one ``scaled_dot_product_attention`` or written out.
+
+Written out, attention is two products with a softmax between them. Whatever stands between the first product and the
+softmax (scales, masks, biases, a soft cap) works on scores, whose last dim runs along the keys and whose last but one
+runs along the queries; what stands between the softmax and the second product does too.
+"""
+
+import dataclasses
+import operator
+from collections.abc import Iterable
+
+import torch
+import torch.fx
+
+from modcompile.pass_manager import Skip
+from modcompile.shapes import shape_exprs, size_value
+
+__all__ = ["SDPA", "VIEWS", "SelfAttention", "ancestors", "attention_arguments", "self_attention"]
+
+# B batch  H heads  R rows  d head dim
+
+aten = torch.ops.aten
+SDPA = aten.scaled_dot_product_attention.default
+SOFTMAXES = (aten.softmax.int, aten._softmax.default)
+# Products of two computed values.
+PRODUCTS = (aten.matmul.default, aten.bmm.default)
+# Ops that move no data of their own: what they give is what they were given.
+VIEWS = frozenset({aten.reshape.default, aten.transpose.int, aten.permute.default, aten.unsqueeze.default,
+                   aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims, aten.unflatten.int,
+                   aten.flatten.using_ints, aten.contiguous.default, aten.clone.default, aten.view.default,
+                   aten.expand.default, aten.alias.default, aten.dropout.default})
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfAttention:
+    """One attention whose keys come from the block's hidden state.
+
+    Attributes:
+        query: [..., R, d]; ``key``: [..., R, d], or written out its transpose; ``value``: [..., R, d].
+        first: The product of queries and keys; ``last``: the product with the values. One node, where it is fused.
+        scores: The nodes from the first product to what the last one takes, without the two: none where it is fused.
+    """
+
+    query: torch.fx.Node
+    key: torch.fx.Node
+    value: torch.fx.Node
+    first: torch.fx.Node
+    last: torch.fx.Node
+    scores: frozenset[torch.fx.Node]
+
+    @property
+    def fused(self) -> bool:
+        """Whether it is one node."""
+        return self.first is self.last
+
+
+def attention_arguments(node: torch.fx.Node) -> dict:
+    """The arguments of an attention node by name, with defaults."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    defaults = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+    return {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def ancestors(nodes: Iterable[torch.fx.Node]) -> set[torch.fx.Node]:
+    """The nodes that the given ones are computed from, themselves included."""
+    found, pending = set(), list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending.extend(node.all_input_nodes)
+    return found
+
+
+def self_attention(graph: torch.fx.Graph) -> SelfAttention | Skip:
+    """The one attention of a block's sub-graph whose keys come from its hidden state, or why there is none."""
+    hidden = graph.find_nodes(op="placeholder")[0]
+    found: list[SelfAttention] = []
+    reasons: list[Skip] = []
+    for node in graph.nodes:
+        if node.target is SDPA:
+            operands = attention_arguments(node)
+            one: SelfAttention | Skip = SelfAttention(operands["query"], operands["key"], operands["value"], node, node,
+                                                      frozenset())
+        elif node.target in SOFTMAXES:
+            one = _written_out(node, hidden)
+        else:
+            continue
+        if isinstance(one, Skip):
+            reasons.append(one)
+        elif hidden in ancestors([one.key]):
+            found.append(one)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        return Skip(f"{len(found)} self-attentions", found[1].last.name)
+    return reasons[0] if reasons else Skip("no attention: neither scaled_dot_product_attention nor a softmax")
+
+
+def _written_out(softmax: torch.fx.Node, hidden: torch.fx.Node) -> SelfAttention | Skip:
+    rank = softmax.meta["val"].dim()
+    if softmax.args[1] not in (-1, rank - 1):
+        return Skip(f"{softmax.name} is not over the last dim", softmax.name)
+    last = softmax
+    while len(last.users) == 1 and last.target not in PRODUCTS:
+        last = next(iter(last.users))
+    if last.target not in PRODUCTS or softmax not in ancestors([last.args[0]]):
+        return Skip(f"{softmax.name} is not followed by one product with values", softmax.name)
+    weights, value = last.args
+    above = ancestors([weights])
+    products = [node for node in above if node.target in PRODUCTS
+                and all(hidden in ancestors([operand]) for operand in node.args)]
+    if len(products) != 1:
+        names = ", ".join(sorted(node.name for node in products)) or "no product"
+        return Skip(f"the scores of {softmax.name} come from {names}; attention has one product of queries and keys",
+                    softmax.name)
+    first = products[0]
+    query, key = first.args
+    scores = {node for node in above if node is not first and size_value(node) is None and first in ancestors([node])}
+    exprs = shape_exprs(hidden) or ()
+    for node in (first, *scores):
+        if node.target is operator.getitem or (shape_exprs(node) or ())[-2:] != (exprs[1], exprs[1]):
+            return Skip(f"{node.name} stands between the product and the softmax {softmax.name}, but does not give "
+                        "scores of queries and keys", node.name)
+    return SelfAttention(query, key, value, first, last, frozenset(scores))
