@@ -4,7 +4,7 @@ An engine is a folder: what the runtime loads, and a manifest. Loading imports n
 runtime are enough.
 """
 
-__all__ = ["Backend", "Engine", "build_engine", "is_torch", "load_engine"]
+__all__ = ["Backend", "Engine", "build_engine", "is_torch", "load_engine", "load_options"]
 
 import difflib
 import functools
@@ -230,6 +230,12 @@ def build_engine(mod_or_onnx: Any, path: str | os.PathLike, *, runtime: str = "o
             shutil.rmtree(exported)
         write_manifest(folder, fields)
     return load_engine(path, **chosen["load"])
+
+
+def load_options(runtime: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options of ``build_engine`` that ``load_engine`` takes too."""
+    known = inspect.signature(_backend(runtime).load).parameters
+    return {name: value for name, value in options.items() if name in known}
 
 
 def is_torch(value: object) -> bool:

@@ -194,19 +194,22 @@ class MoDModel(GraphModel):
 
         return save_model(self, folder, overwrite=overwrite)
 
-    def variant(self, program: Program, *stages: Pass) -> GraphModel:
+    def variant(self, program: Program, *stages: Pass, routers: bool = False) -> GraphModel:
         """A model on this one's tensors, from a structure and further passes.
 
         Args:
             program: Where to start: ``self.program`` or ``self.dense_program``. It is copied.
             stages: Passes to run on the copy.
+            routers: Whether the stages will call the routers, where the structure does not yet.
         """
-        routers = {router_path(path): router for path, router in self.routers.items()}
-        names = {f"{path}.{name}" for path, router in routers.items() for name, _ in router.named_parameters()}
+        known = {router_path(path): router for path, router in self.routers.items()}
+        names = {f"{path}.{name}" for path, router in known.items() for name, _ in router.named_parameters()}
         tensors = {name: tensor for name, tensor in self.tensors().items() if name not in names}
         calls = {node.target for node in program.graph.nodes if node.op == "call_module"}
-        graph_module = program.copy().assemble(tensors, {p: r for p, r in routers.items() if p in calls},
-                                               self.non_persistent())
+        called = {path: router for path, router in known.items() if path in calls}
+        graph_module = program.copy().assemble(tensors, called, self.non_persistent())
+        for path, router in known.items() if routers else ():
+            graph_module.add_submodule(path, router)
         made = GraphModel(graph_module, self.interface, dict(self.hints))
         made.propagate_shapes()
         manager = PassManager(list(stages))

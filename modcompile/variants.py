@@ -5,19 +5,23 @@ from collections.abc import Mapping, Sequence
 import sympy
 import torch
 
+from modcompile.convert import padding_mask, routing_passes
 from modcompile.errors import UsageError
 from modcompile.flops import count_flops, flops_by_module
 from modcompile.interface import Interface
 from modcompile.model import GraphModel, MoDModel
 from modcompile.passes.attend_to_all import AttendToAll
 from modcompile.passes.prune_blocks import PruneBlocks
+from modcompile.passes.round_capacity import RoundCapacity
+from modcompile.passes.route_blocks import RouteBlocks
 from modcompile.passes.routing_outputs import ROLES, RoutingOutputs
 from modcompile.passes.split_fused_qkv import SplitFusedQkv
 from modcompile.passes.take_first_rows import TakeFirstRows
 from modcompile.shapes import shape_exprs
 from modcompile.spec import TensorSpec, dtype_name
 
-__all__ = ["block_paths", "dense_model", "oracle_model", "pruned_blocks", "pruned_model", "with_routing_outputs"]
+__all__ = ["block_paths", "dense_model", "masked_model", "oracle_model", "other_attention_model", "pruned_blocks",
+           "pruned_model", "with_routing_outputs"]
 
 
 def dense_model(mod: MoDModel) -> GraphModel:
@@ -33,6 +37,29 @@ def oracle_model(mod: MoDModel) -> GraphModel:
     split = config.attend_to == "all" and config.axis == "token"
     stages = [SplitFusedQkv(paths), AttendToAll(paths)] if split else []
     return mod.variant(mod.dense_program, *stages, TakeFirstRows(paths, ratios, config.axis, config.capacity_multiple))
+
+
+def masked_model(mod: MoDModel) -> GraphModel:
+    """The routed model with every row computed in every block, and all but the chosen ones thrown away.
+
+    It returns what the model does with ``attend_to="all"``.
+
+    Raises:
+        UsageError: A model that routes sequences.
+    """
+    if mod.config.axis != "token":
+        raise UsageError("only a model that routes tokens has a masked form", expected="axis token",
+                         found=f"axis {mod.config.axis}", where="masked_model")
+    paths, ratios = (tuple(getattr(block, name) for block in mod.routed_blocks) for name in ("path", "capacity_ratio"))
+    return mod.variant(mod.dense_program,
+                       RouteBlocks(paths, ratios, mod.config.gate, "token", padding_mask(mod, mod.config), masked=True),
+                       RoundCapacity(mod.config.capacity_multiple), routers=True)
+
+
+def other_attention_model(mod: MoDModel) -> GraphModel:
+    """The routed model, on the same routers, whose chosen rows attend to all rows if it was to chosen ones, or back."""
+    config = mod.config.model_copy(update={"attend_to": "chosen" if mod.config.attend_to == "all" else "all"})
+    return mod.variant(mod.dense_program, *routing_passes(mod, list(mod.routers), config), routers=True)
 
 
 def block_paths(mod: MoDModel) -> list[str]:

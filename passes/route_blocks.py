@@ -15,6 +15,8 @@ among the chosen rows stays causal, and what was computed from positions stays t
 1. Token axis: K of the S rows of each sequence.
 2. Sequence axis: K of the B sequences; a sequence's logit is that of its mean valid row.
 3. A block that attends to all rows (see attend-to-all) takes the hidden state and the positions, and gathers inside.
+4. Masked: the block computes every row, and only the chosen ones are kept. It saves nothing; it is what implementations
+   around a framework's layers do, and is here to be compared with.
 """
 
 import dataclasses
@@ -47,6 +49,7 @@ class RouteBlocks(Pass):
         gate: raw, sigmoid, tanh or straight-through.
         axis: token or sequence.
         padding_mask: The input that is nonzero at valid tokens, or with a leading "~" at padding; None: all are valid.
+        masked: Case 4, on the token axis.
     """
 
     name: ClassVar[str] = "route-blocks"
@@ -55,6 +58,7 @@ class RouteBlocks(Pass):
     gate: Literal["raw", "sigmoid", "tanh", "straight-through"] = "raw"
     axis: Literal["token", "sequence"] = "token"
     padding_mask: str | None = None
+    masked: bool = False
 
     def requires(self, graph_module: torch.fx.GraphModule) -> None:
         """Each block is a sub-graph that is called once."""
@@ -105,6 +109,8 @@ class RouteBlocks(Pass):
                 rows = _gather_sequences(graph, hidden, positions)
                 inputs = (rows, *(_gather_sequences(graph, side, positions) if batched else side
                                   for side, (_, batched) in zip(sides, dims, strict=True)))
+            elif self.masked:
+                inputs = (hidden, *sides)
             elif takes_positions(body):
                 inputs = (hidden, positions, *sides)
             else:
@@ -116,8 +122,9 @@ class RouteBlocks(Pass):
         call.meta.pop("val", None)
         with graph.inserting_before(call.next):
             gate = self._gate(graph, logits, positions, filled)
-            merged = graph.call_function(mod.merge_rows.default, (hidden, call, positions, gate)) if tokens else \
-                _merge_sequences(graph, hidden, call, positions, gate)
+            made = graph.call_function(mod.gather_rows.default, (call, positions)) if self.masked else call
+            merged = graph.call_function(mod.merge_rows.default, (hidden, made, positions, gate)) if tokens else \
+                _merge_sequences(graph, hidden, made, positions, gate)
         # Shaped as before: the next block, which may be routed too, reads its sizes from here.
         merged.meta["val"] = hidden.meta["val"]
         for user in users:

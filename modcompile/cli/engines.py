@@ -139,7 +139,8 @@ def bench(
     precision: opt.Precision = "fp32",
     shape: opt.Shapes = None,
     runs: Annotated[int, typer.Option(min=1, help="How many times each engine runs.")] = 30,
-    variants: Annotated[str, typer.Option(help="What is timed, separated by commas.")] = "dense,mod,oracle,pruned",
+    variants: Annotated[str, typer.Option(help="What is timed, separated by commas: also "
+        "other, with the other --attend-to, and masked, which computes every row.")] = "dense,mod,oracle,pruned",
     threads: Annotated[int | None, typer.Option(min=1, help="ONNX Runtime's threads; by default one a core.")] = None,
     seed: Seed = 0,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Keep the figures, as JSON.",
