@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
         step.done(f"{', '.join(mod.routers)} process 1 token in 8; routers are random: untrained")
 
     with Step("export") as step:
-        mc.export_onnx(mod, output / "model.onnx")
+        mc.export_onnx(mod, output / "model.onnx", opset=23)
         step.done(f"{output / 'model.onnx'}: {(output / 'model.onnx').stat().st_size / 1e6:.1f} MB")
 
     with Step("build") as step:

@@ -16,7 +16,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 from modcompile.errors import RuntimeUnavailableError, UsageError
 from modcompile.files import new_folder
@@ -38,19 +38,28 @@ _BACKENDS = {
     "ort": ("modcompile.runtimes.ort", "pip install onnxruntime"),
     "tensorrt": ("modcompile.runtimes.trt", "pip install 'modcompile[tensorrt]'"),
     "tensorrt-rtx": ("modcompile.runtimes.trt", "pip install 'modcompile[tensorrt-rtx]'"),
+    "aoti": ("modcompile.runtimes.aoti", "pip install torch"),
 }
 
 
 class Backend(Protocol):
-    """The two functions that a runtime's module has. Their keyword-only parameters are the runtime's options."""
+    """What a runtime's module has. The keyword-only parameters of its two functions are the runtime's options.
 
-    def build(self, onnx_path: Path, folder: Path, *, runtime: str, precision: str | None, shapes: Shapes | None,
+    Attributes:
+        takes: What engines are made from: an ONNX file, or the model itself.
+        opset: The opset that a model is exported with, if the caller names no other: the one that runs fastest.
+    """
+
+    takes: Literal["onnx", "model"]
+    opset: int
+
+    def build(self, source: Any, folder: Path, *, runtime: str, precision: str | None, shapes: Shapes | None,
               **options: Any) -> dict[str, Any]:
-        """Fills ``folder`` with an engine made from an ONNX file, proves as far as this machine can that it loads.
+        """Fills ``folder`` with an engine, proves as far as this machine can that it loads.
 
         Args:
-            onnx_path: The ONNX file. If it lies below ``folder`` it is the backend's to move.
-            folder: An empty folder, or one that holds just ``onnx_path`` in a sub-folder, which is removed later.
+            source: The ONNX file's path, or the model. A file below ``folder`` is the backend's to move.
+            folder: An empty folder, or one that holds just the ONNX file in a sub-folder, which is removed later.
             runtime: The runtime's name in the manifest.
             precision: What the caller asked for; None takes the file as it is.
             shapes: Static shapes by input name.
@@ -192,10 +201,10 @@ def build_engine(mod_or_onnx: Any, path: str | os.PathLike, *, runtime: str = "o
     """Builds an engine folder and loads it. The folder appears complete or not at all.
 
     Args:
-        mod_or_onnx: A model, which is exported first, or the path of an ONNX file, which is taken as it is with its
-            external data files.
+        mod_or_onnx: A model, which is exported first where the runtime takes ONNX, or the path of an ONNX file, which
+            is taken as it is with its external data files.
         path: The folder to make.
-        runtime: "ort", "tensorrt" or "tensorrt-rtx".
+        runtime: "ort", "tensorrt", "tensorrt-rtx" or "aoti".
         precision: "fp32", "fp16" or "bf16". By default what ``export_onnx`` takes, or what the file has.
         shapes: Static shapes by input name. The symbols they give a size to are fixed everywhere.
         overwrite: Replace an engine that is in the folder already; it stays until the new one is complete.
@@ -212,21 +221,24 @@ def build_engine(mod_or_onnx: Any, path: str | os.PathLike, *, runtime: str = "o
     """
     backend = _backend(runtime)
     stages: dict[str, Callable] = {"load": backend.load, "build": backend.build}
-    from_file = isinstance(mod_or_onnx, str | os.PathLike)
-    if not from_file:
+    source = Path(mod_or_onnx) if isinstance(mod_or_onnx, str | os.PathLike) else mod_or_onnx
+    if isinstance(source, Path) and backend.takes == "model":
+        raise UsageError("engines of this runtime are made from a model, not from an ONNX file", expected="a model",
+                         found=source, where=runtime, fix="pass the model that the file was exported from")
+    exports = backend.takes == "onnx" and not isinstance(source, Path)
+    if exports:
         stages["export"] = export_onnx = importlib.import_module("modcompile.export").export_onnx
     chosen = _split(options, **stages)
     with new_folder(path, marker=MANIFEST_NAME, overwrite=overwrite) as folder:
         exported = folder / ".export"
-        onnx_path = Path(mod_or_onnx) if from_file else exported / "model.onnx"
-        if not from_file:
+        if exports:
             exported.mkdir()
-            asked = {"precision": precision} if precision else {}
+            source = exported / "model.onnx"
+            asked = {"opset": backend.opset, **chosen["export"], **({"precision": precision} if precision else {})}
             # Weights in a file of their own are moved and mapped, not parsed.
-            export_onnx(mod_or_onnx, onnx_path, shapes=shapes, external_data=True, **asked, **chosen["export"])
-        fields = backend.build(onnx_path, folder, runtime=runtime, precision=precision, shapes=shapes,
-                               **chosen["build"])
-        if not from_file:
+            export_onnx(mod_or_onnx, source, shapes=shapes, external_data=True, **asked)
+        fields = backend.build(source, folder, runtime=runtime, precision=precision, shapes=shapes, **chosen["build"])
+        if exports:
             shutil.rmtree(exported)
         write_manifest(folder, fields)
     return load_engine(path, **chosen["load"])

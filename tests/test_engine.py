@@ -114,18 +114,18 @@ def test_a_closed_engine_does_not_run(engine):
 
 
 def test_runtimes_that_are_not_there(tmp_path, monkeypatch):
-    for runtime in ("aoti", "tensort"):
-        with pytest.raises(RuntimeUnavailableError, match="ort, tensorrt, tensorrt-rtx"):
-            build_engine("model.onnx", tmp_path / "engine", runtime=runtime)
+    with pytest.raises(RuntimeUnavailableError, match="did you mean tensorrt"):
+        build_engine("model.onnx", tmp_path / "engine", runtime="tensort")
     monkeypatch.setitem(modcompile.engine._BACKENDS, "ort", ("modcompile.runtimes.absent", "pip install onnxruntime"))
     with pytest.raises(RuntimeUnavailableError, match="fix: pip install onnxruntime"):
         build_engine("model.onnx", tmp_path / "engine")
     assert os.listdir(tmp_path) == []
 
 
-def test_an_engine_of_a_runtime_that_is_not_there(tmp_path):
+def test_an_engine_of_a_runtime_that_is_not_there(tmp_path, monkeypatch):
     (tmp_path / "model.onnx").write_bytes(b"")
     write_manifest(tmp_path, FIELDS | {"runtime": "aoti"})
+    monkeypatch.delitem(modcompile.engine._BACKENDS, "aoti")
     with pytest.raises(RuntimeUnavailableError, match="found: aoti"):
         load_engine(tmp_path)
 
@@ -163,7 +163,8 @@ def test_a_model_is_exported_first(tmp_path, monkeypatch):
         return Recorder(folder, manifest)
 
     monkeypatch.setitem(sys.modules, "modcompile.export", types.SimpleNamespace(export_onnx=export_onnx))
-    monkeypatch.setitem(sys.modules, "modcompile.runtimes.fake", types.SimpleNamespace(build=build, load=load))
+    monkeypatch.setitem(sys.modules, "modcompile.runtimes.fake", types.SimpleNamespace(
+        build=build, load=load, takes="onnx", opset=20))
     monkeypatch.setitem(modcompile.engine._BACKENDS, "ort", ("modcompile.runtimes.fake", ""))
     model, shapes = object(), {"input_ids": (2, 7)}
     engine = build_engine(model, tmp_path / "e", precision="fp16", shapes=shapes, opset=23, level=5, threads=3)
@@ -171,23 +172,43 @@ def test_a_model_is_exported_first(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path / "e")) == ["manifest.json", "model.onnx"]
     assert engine.folder == tmp_path / "e"
     build_engine(model, tmp_path / "f")
-    assert seen["export"] == (model, 18, "fp32", None)
+    assert seen["export"] == (model, 20, "fp32", None)
+
+
+def test_a_runtime_that_takes_models_gets_the_model(tmp_path, monkeypatch):
+    import types
+
+    seen = {}
+
+    def build(source, folder, *, runtime, precision, shapes):
+        seen["source"] = source
+        (folder / "model.onnx").write_bytes(b"engine")
+        return FIELDS
+
+    fake = types.SimpleNamespace(build=build, load=lambda folder, manifest: Recorder(folder, manifest), takes="model")
+    monkeypatch.setitem(sys.modules, "modcompile.runtimes.fake", fake)
+    monkeypatch.setitem(modcompile.engine._BACKENDS, "ort", ("modcompile.runtimes.fake", ""))
+    model = object()
+    build_engine(model, tmp_path / "e")
+    assert seen["source"] is model
+    with pytest.raises(UsageError, match="made from a model, not from an ONNX file"):
+        build_engine(tmp_path / "model.onnx", tmp_path / "f")
 
 
 def test_import_is_quick_and_imports_no_runtime():
     script = """
 import sys, time
-# Processor time: other processes do not count.
+# Processor time: other processes do not count. How fast this processor is at the moment, pydantic tells.
 start = time.process_time()
+import pydantic; pydantic.BaseModel
+middle = time.process_time()
 import modcompile.engine
-took_s = time.process_time() - start
+end = time.process_time()
 heavy = {"torch", "numpy", "onnx", "onnxruntime", "transformers"} & sys.modules.keys()
-print(took_s, *heavy)
+print((end - middle) / (middle - start), *heavy)
 """
     runs = [subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
             for _ in range(3)]
     assert all(len(run) == 1 for run in runs)
-    took_s = min(float(run[0]) for run in runs)
-    if took_s >= 0.2 and os.getloadavg()[0] > os.cpu_count():
-        pytest.skip("the machine is too busy to time an import")
-    assert took_s < 0.2
+    # About 0.45: with 0.1 s for pydantic, that is 0.15 s in all.
+    assert min(float(run[0]) for run in runs) < 1
