@@ -1,6 +1,6 @@
 """Finds the model that a command names: a converted model's folder, a transformers folder, or a Python function."""
 
-__all__ = ["Source", "example_for", "load_graph", "load_source"]
+__all__ = ["Source", "example_for", "load_graph", "load_source", "on_device"]
 
 import dataclasses
 import importlib
@@ -40,6 +40,21 @@ class Source:
     def converted(self) -> "MoDModel | None":
         """The model if it came from a folder that ``save_pretrained`` wrote."""
         return cast("MoDModel", self.model) if self.example_inputs is None else None
+
+
+def on_device(model: "MoDModel", device: str) -> "MoDModel":
+    """The model, moved.
+
+    Raises:
+        RuntimeUnavailableError: There is no such device.
+    """
+    import torch
+
+    try:
+        return model.to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        raise RuntimeUnavailableError("the device is not there", found=str(error).partition("\n")[0], where=device,
+                                      expected="cpu, or cuda with a GPU and a torch built for it") from error
 
 
 def load_source(name: str) -> Source:

@@ -10,6 +10,7 @@ import operator
 import sympy
 import torch
 import torch.fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -108,6 +109,7 @@ class ShapePropagation(torch.fx.Interpreter):
 
     def call_function(self, target, args, kwargs):
         """ATen and modcompile ops run on fake tensors."""
+        # Without Python's dispatcher, some composite ops of torch 2.11 and 2.12 take no symbolic sizes.
         with self.mode:
             return target(*args, **kwargs)
 
@@ -142,6 +144,14 @@ def propagate_alike(body: torch.fx.GraphModule, specs: list[TensorSpec], hints: 
         hints: The sizes that stand for their symbols.
         known: What was found so far, by kind; kept by the caller.
     """
+    kind = (*((spec.dtype, spec.shape) for spec in specs), *_text_of(body))
+    if kind not in known:
+        propagate(body, fake_inputs(specs, hints, body))
+    _share_values(body, kind, known)
+
+
+def _text_of(body: torch.fx.GraphModule) -> tuple:
+    """What a sub-graph computes, whatever the names and the numbers of its parameters."""
     place = {node: i for i, node in enumerate(body.graph.nodes)}
 
     def of(node: torch.fx.Node) -> object:
@@ -150,22 +160,25 @@ def propagate_alike(body: torch.fx.GraphModule, specs: list[TensorSpec], hints: 
             return value.shape, value.dtype, value.device
         return str(node.target) if node.op == "call_function" else node.op
 
-    kind = (*((spec.dtype, spec.shape) for spec in specs), *(
-        (of(node), str(torch.fx.node.map_arg((node.args, node.kwargs), lambda arg: place[arg])))
-        for node in body.graph.nodes))
-    if kind not in known:
-        propagate(body, fake_inputs(specs, hints, body))
-        known[kind] = [node.meta.get("val") for node in body.graph.nodes]
-    for node, value in zip(body.graph.nodes, known[kind], strict=True):
+    return tuple((of(node), str(torch.fx.node.map_arg((node.args, node.kwargs), lambda arg: place[arg])))
+                 for node in body.graph.nodes)
+
+
+def _share_values(body: torch.fx.GraphModule, kind: tuple, known: dict) -> None:
+    """Gives a sub-graph the values of the first one of its kind, which it may be itself."""
+    values = known.setdefault(kind, [node.meta.get("val") for node in body.graph.nodes])
+    for node, value in zip(body.graph.nodes, values, strict=True):
         if node.op != "output":
             node.meta["val"] = value
 
 
-def propagate_missing(graph_module: torch.fx.GraphModule) -> None:
+def propagate_missing(graph_module: torch.fx.GraphModule, known: dict | None = None) -> None:
     """Records the shape of every value that carries none yet, here and in the sub-graphs it calls.
 
-    A graph whose inputs carry no shapes is left as it is.
+    A graph whose inputs carry no shapes is left as it is. Of sub-graphs that compute the same of the same inputs, one
+    is propagated; ``known`` holds what was found, by kind.
     """
+    known = {} if known is None else known
     for node in graph_module.graph.nodes:
         if node.op == "placeholder" and "val" not in node.meta:
             return
@@ -179,4 +192,14 @@ def propagate_missing(graph_module: torch.fx.GraphModule) -> None:
         if node.op == "call_module":
             inner = graph_module.get_submodule(str(node.target))
             if isinstance(inner, torch.fx.GraphModule):
-                propagate_missing(inner)
+                _propagate_inner(inner, known)
+
+
+def _propagate_inner(body: torch.fx.GraphModule, known: dict) -> None:
+    nodes = list(body.graph.nodes)
+    if all("val" in node.meta for node in nodes if node.op != "output"):
+        return
+    kind = (*(id(node.meta.get("val")) for node in nodes if node.op == "placeholder"), *_text_of(body))
+    if kind not in known:
+        propagate_missing(body, known)
+    _share_values(body, kind, known)

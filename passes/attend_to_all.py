@@ -25,7 +25,7 @@ from typing import ClassVar
 import torch
 import torch.fx
 from modcompile.passes.hoist_sizes import emit_size
-from modcompile.passes.route_blocks import POSITIONS, gather_side, takes_positions
+from modcompile.passes.route_blocks import POSITIONS, gather_side, require_outlined, takes_positions
 
 from modcompile.attention import VIEWS, SelfAttention, ancestors, attention_arguments, self_attention
 from modcompile.errors import PassContractError, UnsupportedGraphError
@@ -48,6 +48,10 @@ class AttendToAll(Pass):
     name: ClassVar[str] = "attend-to-all"
     blocks: tuple[str, ...] = ()
 
+    def requires(self, graph_module: torch.fx.GraphModule) -> None:
+        """Each block is a sub-graph that is called once."""
+        require_outlined(graph_module, self.blocks, self.name)
+
     def call(self, graph_module: torch.fx.GraphModule) -> PassResult:
         """Splits each sub-graph that does not take positions yet.
 
@@ -55,6 +59,8 @@ class AttendToAll(Pass):
             UnsupportedGraphError: A block that cannot be split, with the reason.
         """
         modified = False
+        # Blocks that see the same hidden state's sizes take positions of the same sizes.
+        known: dict[int, torch.Tensor] = {}
         for path in self.blocks:
             body = graph_module.get_submodule(path)
             if takes_positions(body):
@@ -64,7 +70,7 @@ class AttendToAll(Pass):
                 raise UnsupportedGraphError(f"block {path} cannot attend to all rows", found=attention.reason,
                                             expected="one self-attention", where=attention.node or path,
                                             fix='use attend_to="chosen"')
-            _Split(body, attention, path).run()
+            _Split(body, attention, path, known).run()
             modified = True
         return PassResult(graph_module, modified)
 
@@ -83,7 +89,7 @@ class AttendToAll(Pass):
 class _Split:
     """One sub-graph being split."""
 
-    def __init__(self, body: torch.fx.GraphModule, attention: SelfAttention, path: str):
+    def __init__(self, body: torch.fx.GraphModule, attention: SelfAttention, path: str, known: dict[int, torch.Tensor]):
         self.graph, self.attention, self.path = body.graph, attention, path
         self.inputs = body.graph.find_nodes(op="placeholder")
         self.hidden = self.inputs[0]
@@ -91,14 +97,20 @@ class _Split:
         self.keys = ancestors([attention.key, attention.value, *self._beside()])
         self.versions: dict[tuple, torch.fx.Node] = {}
         self.sizes: dict = {}
-        mode = fake_mode_of(body)
         with self.graph.inserting_after(self.hidden):
             self.positions = self.graph.placeholder(POSITIONS)
+        kind = id(self.hidden.meta["val"])
+        if kind not in known:
+            known[kind] = self._positions(fake_mode_of(body))
+        self.positions.meta["val"] = known[kind]
+
+    def _positions(self, mode) -> torch.Tensor:
+        """[B, K], with a K that is no other size."""
+        hidden = self.hidden.meta["val"]
         taken = {d.node.hint for n in self.inputs for d in n.meta["val"].shape if isinstance(d, torch.SymInt)}
         count = new_symbol(mode.shape_env, "capacity", next(n for n in (5, 7, 11, 13, 17) if n not in taken))
         with mode:
-            self.positions.meta["val"] = torch.empty([self.hidden.meta["val"].shape[0], count], dtype=torch.int64,
-                                                     device=self.hidden.meta["val"].device)
+            return torch.empty([hidden.shape[0], count], dtype=torch.int64, device=hidden.device)
 
     def _beside(self) -> list[torch.fx.Node]:
         """What the scores are combined with, and is made from the rows as well: a bias between contents and places."""

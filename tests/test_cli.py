@@ -361,7 +361,9 @@ def test_verify(call, report, converted, dense, engine, tmp_path):
 def test_bench(call, report, dense, converted, tmp_path):
     found = report("bench", dense, "--shape", "input_ids=3x17", "--capacity-ratio", "0.5", "--runs", "2",
                    "--threads", "1", "-o", tmp_path / "out.json")
-    assert found == json.loads((tmp_path / "out.json").read_text())
+    kept = json.loads((tmp_path / "out.json").read_text())
+    assert kept.pop("title") == str(dense) and kept.pop("command").startswith("modcompile bench ")
+    assert found == kept
     assert found["config"]["capacity_ratio"] == 0.5
     assert {"dense", "mod", "oracle", "pruned"} <= found["timings"].keys()
     assert {"dense/MoD", "oracle/MoD"} <= found["ratios"].keys()

@@ -211,10 +211,10 @@ def test_the_pipeline_is_recorded(plain):
     _, graph = plain
     mod = convert(graph, None, MoDConfig(attend_to="all", capacity_ratio=0.25))
     assert [record["name"] for record in mod.passes] == [
-        "functionalize", "remove-noops", "hoist-sizes", "outline-blocks", "fuse-attention", "split-fused-qkv",
+        "functionalize", "split-baddbmm", "remove-noops", "hoist-sizes", "outline-blocks", "split-fused-qkv",
         "attend-to-all", "route-blocks", "round-capacity"]
     assert mod.passes[-2]["options"] == {"blocks": ["layers.1"], "ratios": ["1/4"], "gate": "raw", "axis": "token",
-                                         "padding_mask": None}
+                                         "padding_mask": None, "masked": False}
     names = [stage.name for stage in routing_passes(graph, ["layers.1"], MoDConfig(axis="sequence", attend_to="all"))]
     assert names == ["route-blocks", "round-capacity"]
 
@@ -251,7 +251,7 @@ def test_two_attentions_cannot_attend_to_all():
 
     with pytest.raises(UnsupportedGraphError, match=r"block layers\.1 cannot attend to all rows") as caught:
         convert(Stack(Twice(), Twice()), (rows(2, 5, 8),), MoDConfig(attend_to="all"))
-    assert caught.value.details["found"] == "2 self-attentions as scaled_dot_product_attention"
+    assert caught.value.details["found"] == "2 self-attentions"
     assert caught.value.details["fix"] == 'use attend_to="chosen"'
 
 

@@ -1,10 +1,11 @@
 """What every verb shares: the app, its errors and exit codes, progress on stderr, results on stdout."""
 
-__all__ = ["app", "emit", "engineering", "main", "shape_text", "sizes_text", "table", "working"]
+__all__ = ["app", "emit", "engineering", "main", "settings", "shape_text", "sizes_text", "table", "working"]
 
 import contextlib
 import dataclasses
 import json
+import shlex
 import sys
 import traceback
 import warnings
@@ -32,10 +33,11 @@ Exit codes: 0 ok, 1 a defect of this program, 2 usage, 3 unsupported graph, 4 pa
 
 @dataclasses.dataclass
 class Settings:
-    """The options before the verb."""
+    """The options before the verb, and the whole command line."""
 
     debug: bool = False
     quiet: bool = False
+    command_line: str = ""
 
 
 settings = Settings()
@@ -129,6 +131,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
 
 def main(args: list[str] | None = None) -> None:
     """Runs a command line, by default this process's, and exits with its code."""
+    settings.command_line = shlex.join(["modcompile", *(sys.argv[1:] if args is None else args)])
     try:
         app(args, prog_name="modcompile")
     except ModcompileError as error:

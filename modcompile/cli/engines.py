@@ -14,7 +14,7 @@ from rich.console import Group
 from rich.text import Text
 
 from modcompile.cli import options as opt
-from modcompile.cli.console import emit, engineering, shape_text, table, working
+from modcompile.cli.console import emit, engineering, settings, shape_text, table, working
 from modcompile.errors import UsageError
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ def build(
     provider: Annotated[list[str] | None, typer.Option(
         help="ONNX Runtime's execution provider, CPUExecutionProvider by default. May be repeated, in order.",
     )] = None,
+    custom_ops: Annotated[Path | None, typer.Option(
+        metavar="FILE", help="The custom-op library for ONNX Runtime, which goes into the engine folder.")] = None,
     overwrite: opt.Overwrite = False,
     as_json: opt.AsJson = False,
 ) -> None:
@@ -46,7 +48,8 @@ def build(
 
     shapes = opt.read_profiles(shape)
     with working("loading the model") as say:
-        options: dict[str, Any] = {"providers": provider} if provider else {}
+        given = {"providers": provider, "custom_ops": custom_ops}
+        options: dict[str, Any] = {name: value for name, value in given.items() if value}
         source: Any = Path(model)
         # Folders are models; a file can only be ONNX.
         if not source.is_file():
@@ -143,6 +146,8 @@ def bench(
         "other, with the other --attend-to, and masked, which computes every row.")] = "dense,mod,oracle,pruned",
     threads: Annotated[int | None, typer.Option(min=1, help="ONNX Runtime's threads; by default one a core.")] = None,
     seed: Seed = 0,
+    device: Annotated[str, typer.Option(help="Where the model and the engines are: cpu, cuda or cuda:N.")] = "cpu",
+    title: Annotated[str | None, typer.Option(help="What the kept figures are called; by default MODEL.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Keep the figures, as JSON.",
                                                 )] = None,
     blocks: opt.Blocks = None,
@@ -156,7 +161,7 @@ def bench(
 ) -> None:
     """Times dense, routed, oracle and pruned engines side by side; a dense model is converted first."""
     import modcompile as mc
-    from modcompile.load_source import load_source
+    from modcompile.load_source import load_source, on_device
 
     given: dict[str, Any] = {
         "blocks": blocks, "capacity_ratio": capacity_ratio, "capacity_multiple": capacity_multiple, "gate": gate,
@@ -170,12 +175,13 @@ def bench(
             raise UsageError("a converted model keeps the options it was converted with", found=names, where=model,
                              fix="name the dense model it came from, or leave these options out")
         say("converting")
-        mod = source.converted or mc.convert(source.model, source.example_inputs, config)
+        mod = on_device(source.converted or mc.convert(source.model, source.example_inputs, config), device)
         report = mc.benchmark(mod, runtime=runtime, precision=precision, shapes=shapes, runs=runs, seed=seed,
                               variants=[name.strip() for name in variants.split(",")], progress=say,
                               options={} if threads is None else {"intra_op_threads": threads})
     if output is not None:
-        _write_whole(output, lambda file: file.write(json.dumps(report.to_dict(), indent=2).encode()))
+        kept = {"title": title or model, "command": settings.command_line, **report.to_dict()}
+        _write_whole(output, lambda file: file.write(json.dumps(kept, indent=1).encode()))
     emit(as_json, report.to_dict(), report)
 
 

@@ -1,0 +1,103 @@
+"""Writes docs/benchmarks.md, and the table of README.md, from the figures in docs/benchmarks/*.json.
+
+    python docs/make_benchmarks.py            writes both
+    python docs/make_benchmarks.py --check    says whether they are what it would write
+
+Each JSON file is what ``modcompile bench --title TITLE -o FILE`` wrote.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent
+README, PAGE = DOCS.parent / "README.md", DOCS / "benchmarks.md"
+START, END = "<!-- measured -->", "<!-- /measured -->"
+TITLES = {"dense": "dense", "dense (again)": "dense, again", "mod": "MoD", "other": "MoD, other attend_to",
+          "oracle": "oracle", "pruned": "pruned", "masked": "masked"}
+HEAD = """# Benchmarks
+
+Every table is from one process in which the engines took turns in random order; times are medians, in milliseconds,
+with the 10th and 90th percentile. *Dense, again* is the dense engine under a second name: how far the two are apart is
+the noise. *Oracle* takes the first K rows and has no router: no routing can be faster. *Pruned* lacks whole blocks, to
+the same FLOPs. *Masked* computes every row of every block and keeps the chosen ones, as implementations around a
+framework's layers do. Routers are random, so these tables say nothing of quality.
+
+This page is written by `docs/make_benchmarks.py` from `docs/benchmarks/*.json`.
+"""
+
+
+def rows(report: dict) -> list[str]:
+    """The table of one report, as lines of Markdown."""
+    dense = report["timings"].get("dense")
+    on_gpu = any(timing["device_bytes"] is not None for timing in report["timings"].values())
+    lines = [f"| | GFLOP | median ms | p10 | p90 | dense/this | largest error |{' GPU MB |' if on_gpu else ''}",
+             f"|---|---|---|---|---|---|---|{'---|' if on_gpu else ''}"]
+    for name, timing in report["timings"].items():
+        share = f"{dense['median_ms'] / timing['median_ms']:.2f}" if dense else ""
+        lines.append(f"| {TITLES[name]} | {timing['flops'] / 1e9:.3g} | {timing['median_ms']:.4g} | "
+                     f"{timing['p10_ms']:.4g} | {timing['p90_ms']:.4g} | {share} | {timing['max_abs_error']:.1g} |"
+                     + (f" {timing['device_bytes'] / 1e6:.0f} |" if on_gpu else ""))
+    return lines
+
+
+def machine(report: dict) -> str:
+    """What the figures were taken on."""
+    host, place = report["machine"], report["machine"]["gpu"]
+    place = place or f"{host['cores']} cores of {host['cpu']}"
+    return f"{place}; {report['runtime']} {host['runtime_version']}, torch {host['torch']}, Python {host['python']}"
+
+
+def section(report: dict) -> str:
+    """One report, with how it was taken."""
+    config = report["config"]
+    ratios = ", ".join(f"{name} {value:.3f}" for name, value in report["ratios"].items())
+    routing = report["routing_us_per_block"]
+    return "\n".join([
+        f"## {report['title']}", "", f"{machine(report)}; {report['precision']}, {report['rounds']} rounds.", "",
+        *rows(report), "",
+        ratios + ("." if routing is None else f"; routing costs {routing:.0f} us in each routed block."), "",
+        f"K = {', '.join(map(str, sorted(set(report['capacities'].values()))))} in {len(report['capacities'])} blocks, "
+        f"attend_to {config['attend_to']}, gate {config['gate']}. Load average before it began: "
+        f"{report['machine']['load_average']}.", "", "```sh", report["command"], "```", ""])
+
+
+def summary(reports: list[dict]) -> str:
+    """The table of the README: one line a report."""
+    lines = ["| ms | machine | dense | MoD | oracle | pruned | dense/MoD | oracle/MoD |",
+             "|---|---|---|---|---|---|---|---|"]
+    for report in reports:
+        times = {name: f"{timing['median_ms']:.4g}" for name, timing in report["timings"].items()}
+        lines.append(f"| {report['title']} | {report['machine']['gpu'] or report['machine']['cpu']} | "
+                     + " | ".join(times.get(name, "") for name in ("dense", "mod", "oracle", "pruned"))
+                     + f" | {report['ratios']['dense/MoD']:.2f} | {report['ratios']['oracle/MoD']:.2f} |")
+    return "\n".join(lines)
+
+
+def written() -> dict[Path, str]:
+    """The text of every file that comes from figures."""
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((DOCS / "benchmarks").glob("*.json"))]
+    readme = README.read_text(encoding="utf-8")
+    before, rest = readme.split(START)
+    after = rest.split(END)[1]
+    return {PAGE: "\n".join([HEAD, *map(section, reports)]).rstrip() + "\n",
+            README: f"{before}{START}\n{summary(reports)}\n{END}{after}"}
+
+
+def main() -> None:
+    """Writes the files, or compares them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a file would change")
+    check = parser.parse_args().check
+    stale = [path for path, text in written().items()
+             if not path.exists() or path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        print(f"{path.relative_to(DOCS.parent)} {'is not' if check else 'was not'} what the figures say")
+        if not check:
+            path.write_text(written()[path], encoding="utf-8")
+    sys.exit(bool(stale) and check)
+
+
+if __name__ == "__main__":
+    main()

