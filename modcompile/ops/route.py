@@ -2,8 +2,12 @@
 
 __all__ = ["ONNX_BODIES", "fits", "route"]
 
+import importlib.util
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from modcompile.errors import UsageError
 
@@ -194,6 +198,33 @@ MaskedRoute (logits, valid, capacity) => (positions, filled)
 # Two op types because a function body cannot ask whether an optional input is there.
 ONNX_BODIES = (_ONNX_ROUTE, _ONNX_MASKED_ROUTE)
 
+
+def _on_cuda(logits: Tensor, valid: Tensor | None, capacity: int) -> tuple[Tensor, Tensor]:
+    _check(logits, valid, capacity)
+    if logits.shape[0] == 0:
+        return _fake(logits, valid, capacity)
+    from modcompile.ops import route_triton
+
+    with torch.cuda.device_of(logits):
+        return route_triton.launch(logits, valid, capacity)
+
+
+def _functionalize(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    """What ``torch.library.triton_op`` does for its ops: compilers see the kernel, ``torch.export`` keeps one node."""
+    logits, valid, capacity = args
+    if logits.device.type != "cuda" or not torch._functorch.config.decompose_custom_triton_ops:
+        return mode.__torch_dispatch__(op, types, args, kwargs)
+    from modcompile.ops import route_triton
+
+    _check(logits, valid, capacity)
+    with mode:
+        return route_triton.launch(logits, valid, capacity, traced=True)
+
+
 # A kernel for one device is registered under that device's key and then wins over this one.
 _LIBRARY.impl("route", _reference, "CompositeExplicitAutograd")
 torch.library.register_fake("modcompile::route", _fake, lib=_LIBRARY)
+# Triton comes with PyTorch's builds for CUDA on Linux; elsewhere the reference runs on CUDA too.
+if importlib.util.find_spec("triton") is not None:
+    _LIBRARY.impl("route", _on_cuda, "CUDA")
+    torch.library.register_torch_dispatch("modcompile::route", FunctionalTensorMode, _functionalize, lib=_LIBRARY)

@@ -1,0 +1,3 @@
+#include "modcompile_kernels.h"
+
+const char* modcompile_kernels_version(void) { return MODCOMPILE_VERSION; }

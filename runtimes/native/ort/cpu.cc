@@ -1,0 +1,125 @@
+// The ops on the CPU. One thread: where the residual stream is merged in place, as it mostly is, they read and write K
+// rows and no more.
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "ops.h"
+#include "radix_select.h"
+
+namespace modcompile {
+namespace {
+
+uint32_t key_of(float logit) {
+  uint32_t bits;
+  std::memcpy(&bits, &logit, sizeof(bits));
+  return order_key(bits);
+}
+
+// One batch row. `keys` and `order` are scratch.
+void route_row(const Route& op, int64_t batch_row, std::vector<uint32_t>& keys, std::vector<uint32_t>& order) {
+  const float* logits = op.logits + batch_row * op.rows;
+  const bool* valid = op.valid == nullptr ? nullptr : op.valid + batch_row * op.rows;
+  std::transform(logits, logits + op.rows, keys.begin(), key_of);
+  if (valid != nullptr) {
+    const bool padding_enters = std::count(valid, valid + op.rows, true) < op.capacity;
+    std::transform(keys.begin(), keys.end(), valid, keys.begin(),
+                   [=](uint32_t key, bool is_valid) { return masked_key(key, is_valid, padding_enters); });
+  }
+  order = keys;
+  const auto last = order.begin() + (op.capacity - 1);
+  std::nth_element(order.begin(), last, order.end(), std::greater<>());
+  const uint32_t threshold = *last;  // the K-th best key
+  int64_t ties = op.capacity - std::count_if(keys.begin(), keys.end(), [=](uint32_t key) { return key > threshold; });
+
+  int64_t* positions = op.positions + batch_row * op.capacity;
+  bool* filled = op.filled + batch_row * op.capacity;
+  for (int64_t row = 0; row < op.rows; ++row) {
+    const uint32_t key = keys[static_cast<size_t>(row)];
+    if (key < threshold || (key == threshold && ties-- <= 0)) continue;
+    *positions++ = row;
+    *filled++ = valid == nullptr || valid[row];
+  }
+}
+
+// Calls visit(slot, row) for every slot of the batch; both count from the first batch row on.
+template <typename Visit>
+void each_slot(const int64_t* positions, int64_t batch, int64_t rows, int64_t capacity, Visit visit) {
+  for (int64_t slot = 0; slot < batch * capacity; ++slot) {
+    const int64_t position = positions[slot];
+    if (position < 0 || position >= rows) {
+      ORT_CXX_API_THROW("position " + std::to_string(position) + " in slot " + std::to_string(slot % capacity) +
+                            " is not one of " + std::to_string(rows) + " rows",
+                        ORT_INVALID_ARGUMENT);
+    }
+    visit(slot, slot / capacity * rows + position);
+  }
+}
+
+// The type that an element's arithmetic is done in before it is rounded to the element.
+template <typename T>
+T widened(T value) { return value; }
+float widened(Ort::Float16_t value) { return value.ToFloat(); }
+float widened(Ort::BFloat16_t value) { return value.ToFloat(); }
+
+// x + gate * (y - x), each step rounded to T, as the reference rounds.
+template <typename T>
+T mix(T x, T y, T gate) {
+  const T difference(widened(y) - widened(x));
+  const T product(widened(gate) * widened(difference));
+  return T(widened(x) + widened(product));
+}
+
+template <typename T>
+void merge(const MergeRows& op) {
+  const auto* x = static_cast<const T*>(op.x);
+  const auto* y = static_cast<const T*>(op.y);
+  const auto* gates = static_cast<const T*>(op.gate);
+  auto* out = static_cast<T*>(op.out);
+  if (out != x) std::memcpy(out, x, static_cast<size_t>(op.batch * op.rows * op.width) * sizeof(T));
+  each_slot(op.positions, op.batch, op.rows, op.capacity, [&](int64_t slot, int64_t row) {
+    const T gate = gates[slot];
+    const T* updates = y + slot * op.width;
+    T* merged = out + row * op.width;  // holds x
+    if (widened(gate) == 1) {
+      std::memcpy(merged, updates, static_cast<size_t>(op.width) * sizeof(T));
+    } else if (widened(gate) != 0) {
+      for (int64_t i = 0; i < op.width; ++i) merged[i] = mix(merged[i], updates[i], gate);
+    }
+  });
+}
+
+}  // namespace
+
+void Cpu::run(const Route& op) const {
+  std::vector<uint32_t> keys(static_cast<size_t>(op.rows)), order;
+  for (int64_t batch_row = 0; batch_row < op.batch; ++batch_row) route_row(op, batch_row, keys, order);
+}
+
+void Cpu::run(const GatherRows& op) const {
+  const auto* x = static_cast<const char*>(op.x);
+  auto* out = static_cast<char*>(op.out);
+  each_slot(op.positions, op.batch, op.rows, op.capacity, [&](int64_t slot, int64_t row) {
+    std::memcpy(out + slot * op.row_bytes, x + row * op.row_bytes, static_cast<size_t>(op.row_bytes));
+  });
+}
+
+void Cpu::run(const MergeRows& op) const {
+  switch (op.element) {
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT:
+      return merge<float>(op);
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
+      return merge<Ort::Float16_t>(op);
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16:
+      return merge<Ort::BFloat16_t>(op);
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE:
+      return merge<double>(op);
+    default:
+      ORT_CXX_API_THROW("MergeRows has no kernel for this element type", ORT_NOT_IMPLEMENTED);
+  }
+}
+
+}  // namespace modcompile

@@ -1,0 +1,48 @@
+// The ops on CUDA: the kernels, on ONNX Runtime's stream.
+
+#include <cuda_runtime_api.h>
+
+#include <string>
+
+#include "modcompile_kernels.h"
+#include "ops.h"
+
+namespace modcompile {
+namespace {
+
+constexpr int kInt64 = 8;  // index_bytes
+
+void check(int code, const char* op) {
+  if (code != cudaSuccess) {
+    ORT_CXX_API_THROW(std::string(op) + ": " + cudaGetErrorString(static_cast<cudaError_t>(code)), ORT_FAIL);
+  }
+}
+
+int element_of(ONNXTensorElementDataType type) {
+  return type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT     ? MODCOMPILE_FLOAT32
+         : type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? MODCOMPILE_FLOAT16
+                                                         : MODCOMPILE_BFLOAT16;
+}
+
+}  // namespace
+
+void Cuda::run(const Route& op) const {
+  check(modcompile_route(op.logits, reinterpret_cast<const uint8_t*>(op.valid), op.positions, kInt64,
+                         reinterpret_cast<uint8_t*>(op.filled), op.batch, op.rows, op.capacity,
+                         static_cast<cudaStream_t>(stream_)),
+        "Route");
+}
+
+void Cuda::run(const GatherRows& op) const {
+  check(modcompile_gather_rows(op.x, op.positions, kInt64, op.out, op.batch, op.rows, op.capacity, op.row_bytes,
+                               static_cast<cudaStream_t>(stream_)),
+        "GatherRows");
+}
+
+void Cuda::run(const MergeRows& op) const {
+  check(modcompile_merge_rows(op.x, op.y, op.positions, kInt64, op.gate, op.out, element_of(op.element), op.batch,
+                              op.rows, op.capacity, op.width, nullptr, static_cast<cudaStream_t>(stream_)),
+        "MergeRows");
+}
+
+}  // namespace modcompile

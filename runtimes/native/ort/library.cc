@@ -1,0 +1,334 @@
+// libmodcompile_ort.so: the ops of the domain `modcompile` as ONNX Runtime's custom ops.
+//
+// A model's nodes of that domain carry function bodies of standard operators; with this library registered ONNX Runtime
+// runs these kernels in their place. On the CPU always, on CUDA where the library was built with it.
+
+#include <algorithm>
+#include <cstdlib>
+#include <exception>
+#include <string>
+#include <vector>
+
+#include "ops.h"
+
+namespace modcompile {
+namespace {
+
+constexpr const char* kDomain = "modcompile";
+// The version of the domain: of what the ops take, give and mean.
+constexpr int kDomainVersion = 1;
+// The API version that has all that is used here; the newest of it is GetMayInplace.
+constexpr uint32_t kOldestApi = 18;
+
+#ifdef MODCOMPILE_CUDA
+constexpr const char* kProviders = "CPUExecutionProvider CUDAExecutionProvider";
+#else
+constexpr const char* kProviders = "CPUExecutionProvider";
+#endif
+
+constexpr ONNXTensorElementDataType kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+constexpr ONNXTensorElementDataType kInt64 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
+constexpr ONNXTensorElementDataType kBool = ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL;
+// In a kernel's list of inputs and outputs, the type that the op was made for.
+constexpr ONNXTensorElementDataType kElement = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+
+constexpr std::array kGatheredTypes = {
+    ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,  ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16,
+    ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE, ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL,    ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32,
+    ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64};
+
+int64_t bytes_of(ONNXTensorElementDataType type) {
+  switch (type) {
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL:
+      return 1;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16:
+      return 2;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT:
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32:
+      return 4;
+    default:
+      return 8;
+  }
+}
+
+using Shape = std::vector<int64_t>;
+
+std::string text_of(const Shape& shape) {
+  std::string text = "[";
+  for (const int64_t size : shape) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  return text + "]";
+}
+
+void require(bool holds, const std::string& expected, const Shape& found) {
+  if (!holds) ORT_CXX_API_THROW("expected " + expected + ", found " + text_of(found), ORT_INVALID_ARGUMENT);
+}
+
+// A tensor that a kernel reads: its shape, and its memory on the kernel's device.
+struct Input {
+  explicit Input(const Ort::ConstValue& value)
+      : shape(value.GetTensorTypeAndShapeInfo().GetShape()), data(value.GetTensorRawData()) {}
+
+  template <typename T>
+  const T* as() const { return static_cast<const T*>(data); }
+
+  Shape shape;
+  const void* data;
+};
+
+void* output(const Ort::KernelContext& context, size_t index, const Shape& shape) {
+  return context.GetOutput(index, shape).GetTensorMutableRawData();
+}
+
+// The kernels. Each says which op it is of and which types that has, checks shapes, and asks its device.
+
+template <typename On, bool kMasked>
+class RouteKernel {
+ public:
+  using Device = On;
+  static constexpr const char* kName = kMasked ? "MaskedRoute" : "Route";
+  static constexpr size_t kCapacity = kMasked ? 2 : 1;
+  static constexpr int kHostInput = static_cast<int>(kCapacity);
+  static constexpr int kInPlaceOf = -1;
+
+  static std::vector<ONNXTensorElementDataType> inputs() {
+    return kMasked ? std::vector{kFloat, kBool, kInt64} : std::vector{kFloat, kInt64};
+  }
+  static std::vector<ONNXTensorElementDataType> outputs() { return {kInt64, kBool}; }
+
+  RouteKernel(const OrtKernelInfo* info, ONNXTensorElementDataType) {
+    int is_constant = 0;
+    const Ort::ConstValue value = Ort::ConstKernelInfo(info).GetTensorConstantInput(kCapacity, &is_constant);
+    // Where a constant is shared with a node on a device, it may lie there; the call's is always the host's.
+    if (is_constant != 0 && value.GetTensorMemoryInfo().GetDeviceType() == OrtMemoryInfoDeviceType_CPU) {
+      constant_capacity_ = *value.GetTensorData<int64_t>();
+    }
+  }
+
+  void compute(const Ort::KernelContext& context) const {
+    const Input logits(context.GetInput(0));
+    require(logits.shape.size() == 2, "logits [B, S]", logits.shape);
+    const int64_t batch = logits.shape[0], rows = logits.shape[1];
+    const bool* valid = nullptr;
+    if constexpr (kMasked) {
+      const Input mask(context.GetInput(1));
+      require(mask.shape == logits.shape, "valid " + text_of(logits.shape), mask.shape);
+      valid = mask.as<bool>();
+    }
+    const int64_t capacity =
+        constant_capacity_ != 0 ? constant_capacity_ : *context.GetInput(kCapacity).template GetTensorData<int64_t>();
+    if (capacity < 1 || capacity > rows) {
+      ORT_CXX_API_THROW("expected a capacity from 1 to " + std::to_string(rows) + " rows, found " +
+                            std::to_string(capacity),
+                        ORT_INVALID_ARGUMENT);
+    }
+    const Shape chosen = {batch, capacity};
+    auto* positions = static_cast<int64_t*>(output(context, 0, chosen));
+    auto* filled = static_cast<bool*>(output(context, 1, chosen));
+    if (batch == 0) return;
+    Device(context).run(Route{logits.as<float>(), valid, positions, filled, batch, rows, capacity});
+  }
+
+ private:
+  int64_t constant_capacity_ = 0;
+};
+
+template <typename On>
+using PlainRouteKernel = RouteKernel<On, false>;
+template <typename On>
+using MaskedRouteKernel = RouteKernel<On, true>;
+
+template <typename On>
+class GatherRowsKernel {
+ public:
+  using Device = On;
+  static constexpr const char* kName = "GatherRows";
+  static constexpr int kHostInput = -1;
+  static constexpr int kInPlaceOf = -1;
+
+  static std::vector<ONNXTensorElementDataType> inputs() { return {kElement, kInt64}; }
+  static std::vector<ONNXTensorElementDataType> outputs() { return {kElement}; }
+
+  GatherRowsKernel(const OrtKernelInfo*, ONNXTensorElementDataType element) : element_bytes_(bytes_of(element)) {}
+
+  void compute(const Ort::KernelContext& context) const {
+    const Input x(context.GetInput(0)), positions(context.GetInput(1));
+    require(x.shape.size() >= 2, "x [B, S, ...]", x.shape);
+    require(positions.shape.size() == 2 && positions.shape[0] == x.shape[0],
+            "positions [" + std::to_string(x.shape[0]) + ", K]", positions.shape);
+    Shape shape = x.shape;
+    shape[1] = positions.shape[1];
+    int64_t row_bytes = element_bytes_;
+    for (size_t axis = 2; axis < shape.size(); ++axis) row_bytes *= shape[axis];
+    void* out = output(context, 0, shape);
+    if (shape[0] * shape[1] * row_bytes == 0) return;
+    Device(context).run(GatherRows{x.data, positions.as<int64_t>(), out, shape[0], x.shape[1], shape[1], row_bytes});
+  }
+
+ private:
+  int64_t element_bytes_;
+};
+
+template <typename On>
+class MergeRowsKernel {
+ public:
+  using Device = On;
+  static constexpr const char* kName = "MergeRows";
+  static constexpr int kHostInput = -1;
+  static constexpr int kInPlaceOf = 0;
+
+  static std::vector<ONNXTensorElementDataType> inputs() { return {kElement, kElement, kInt64, kElement}; }
+  static std::vector<ONNXTensorElementDataType> outputs() { return {kElement}; }
+
+  MergeRowsKernel(const OrtKernelInfo*, ONNXTensorElementDataType element) : element_(element) {}
+
+  void compute(const Ort::KernelContext& context) const {
+    const Input x(context.GetInput(0)), y(context.GetInput(1)), positions(context.GetInput(2)),
+        gate(context.GetInput(3));
+    require(x.shape.size() == 3, "x [B, S, D]", x.shape);
+    require(positions.shape.size() == 2 && positions.shape[0] == x.shape[0],
+            "positions [" + std::to_string(x.shape[0]) + ", K]", positions.shape);
+    const int64_t batch = x.shape[0], rows = x.shape[1], width = x.shape[2], capacity = positions.shape[1];
+    const Shape updates = {batch, capacity, width};
+    require(y.shape == updates, "y " + text_of(updates), y.shape);
+    require(gate.shape == positions.shape, "gate " + text_of(positions.shape), gate.shape);
+    void* out = output(context, 0, x.shape);
+    if (batch * rows * width == 0) return;
+    require(1 <= capacity && capacity <= rows, "from 1 to " + std::to_string(rows) + " positions", positions.shape);
+    Device(context).run(MergeRows{x.data, y.data, positions.as<int64_t>(), gate.data, out, element_, batch, rows,
+                                  capacity, width});
+  }
+
+ private:
+  ONNXTensorElementDataType element_;
+};
+
+// ONNX Runtime takes a status where C++ would throw.
+template <typename Body>
+OrtStatus* guarded(Body body) noexcept {
+  try {
+    body();
+    return nullptr;
+  } catch (const Ort::Exception& error) {
+    return Ort::Status(error).release();
+  } catch (const std::exception& error) {
+    return Ort::Status(error).release();
+  }
+}
+
+template <typename Kernel>
+struct Guarded : Kernel {
+  using Kernel::Kernel;
+  OrtStatusPtr ComputeV2(OrtKernelContext* context) const {
+    return guarded([=] { this->compute(Ort::KernelContext(context)); });
+  }
+};
+
+// A kernel's op, for one element type. ONNX Runtime makes one schema of all ops of a name.
+template <typename Kernel>
+struct Op : Ort::CustomOpBase<Op<Kernel>, Guarded<Kernel>, true> {
+  Op(uint32_t api_version, ONNXTensorElementDataType type)
+      : element(type), input_types(Kernel::inputs()), output_types(Kernel::outputs()) {
+    OrtCustomOp::version = api_version;
+    std::replace(input_types.begin(), input_types.end(), kElement, element);
+    std::replace(output_types.begin(), output_types.end(), kElement, element);
+    if constexpr (Kernel::kInPlaceOf >= 0) {
+      OrtCustomOp::GetMayInplace = [](int** from, int** to) -> size_t {
+        *from = new int[1]{Kernel::kInPlaceOf};
+        *to = new int[1]{0};
+        return 1;
+      };
+      OrtCustomOp::ReleaseMayInplace = [](int* from, int* to) {
+        delete[] from;
+        delete[] to;
+      };
+      // Only a result that is known to be as large as x can take its place. Other shapes are in the file. Whatever the
+      // node's type, ONNX Runtime asks the first op of the name.
+      OrtCustomOp::InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) -> OrtStatusPtr {
+        return guarded([=] {
+          const OrtApi& api = Ort::GetApi();
+          const Ort::ShapeInferContext shapes(&api, context);
+          const auto& shape = shapes.GetInputShape(Kernel::kInPlaceOf);
+          const auto is_unknown = [](const auto& dim) { return dim.IsInt() && dim.AsInt() < 0; };
+          if (shape.empty() || std::any_of(shape.begin(), shape.end(), is_unknown)) return;
+          OrtTensorTypeAndShapeInfo* x = nullptr;  // owned by the context
+          Ort::ThrowOnError(api.ShapeInferContext_GetInputTypeShape(context, Kernel::kInPlaceOf, &x));
+          Ort::ThrowOnError(api.ShapeInferContext_SetOutputTypeShape(context, 0, x));
+        });
+      };
+    }
+  }
+
+  OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
+    return guarded([=] { *kernel = new Guarded<Kernel>(info, element); });
+  }
+
+  const char* GetName() const { return Kernel::kName; }
+  const char* GetExecutionProviderType() const { return Kernel::Device::kProvider; }
+  size_t GetInputTypeCount() const { return input_types.size(); }
+  ONNXTensorElementDataType GetInputType(size_t index) const { return input_types[index]; }
+  OrtMemType GetInputMemoryType(size_t index) const {
+    return static_cast<int>(index) == Kernel::kHostInput ? OrtMemTypeCPUInput : OrtMemTypeDefault;
+  }
+  size_t GetOutputTypeCount() const { return output_types.size(); }
+  ONNXTensorElementDataType GetOutputType(size_t index) const { return output_types[index]; }
+
+  ONNXTensorElementDataType element;
+  std::vector<ONNXTensorElementDataType> input_types, output_types;
+};
+
+// The domain and its ops. ONNX Runtime keeps pointers to them in every session, so they are never freed.
+class Library {
+ public:
+  explicit Library(uint32_t api_version) : api_version_(api_version), domain_(kDomain) {
+    add_device<Cpu>();
+#ifdef MODCOMPILE_CUDA
+    add_device<Cuda>();
+#endif
+  }
+
+  const Ort::CustomOpDomain& domain() const { return domain_; }
+
+ private:
+  template <typename Device>
+  void add_device() {
+    add<PlainRouteKernel<Device>>(kFloat);
+    add<MaskedRouteKernel<Device>>(kFloat);
+    for (const auto type : kGatheredTypes) add<GatherRowsKernel<Device>>(type);
+    for (const auto type : Device::kMergedTypes) add<MergeRowsKernel<Device>>(type);
+  }
+
+  template <typename Kernel>
+  void add(ONNXTensorElementDataType type) { domain_.Add(new Op<Kernel>(api_version_, type)); }
+
+  uint32_t api_version_;
+  Ort::CustomOpDomain domain_;
+};
+
+}  // namespace
+}  // namespace modcompile
+
+#define MODCOMPILE_API __attribute__((visibility("default")))
+
+// What a loader asks before it registers the ops: the version of the domain that they are of, the version of the package
+// they were built with, and the execution providers that have kernels in here.
+extern "C" MODCOMPILE_API int modcompile_ort_domain_version() { return modcompile::kDomainVersion; }
+extern "C" MODCOMPILE_API const char* modcompile_ort_version() { return MODCOMPILE_VERSION; }
+extern "C" MODCOMPILE_API const char* modcompile_ort_providers() { return modcompile::kProviders; }
+
+extern "C" MODCOMPILE_API OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options,
+                                                                    const OrtApiBase* base) {
+  using namespace modcompile;
+  // Of "1.24.0" the API version is 24. An older ONNX Runtime has the older half of the API that these headers declare.
+  const int minor = std::atoi(std::string(base->GetVersionString()).substr(2).c_str());
+  const uint32_t api_version = std::min<uint32_t>(ORT_API_VERSION, static_cast<uint32_t>(minor));
+  if (api_version < kOldestApi) {
+    return base->GetApi(1)->CreateStatus(
+        ORT_NOT_IMPLEMENTED, ("modcompile's custom ops need ONNX Runtime 1." + std::to_string(kOldestApi)).c_str());
+  }
+  Ort::InitApi(base->GetApi(api_version));
+  return guarded([=] {
+    static const Library& library = *new Library(api_version);
+    Ort::ThrowOnError(Ort::GetApi().AddCustomOpDomain(options, library.domain()));
+  });
+}

@@ -1,0 +1,139 @@
+"""The kernels' C API for tests: built for the GPU, and compiled for the CPU by the emulation beside this file.
+
+The emulated kernels are the same source, run thread by thread: what a kernel computes, and where it writes, is tested
+without a GPU too; what only a GPU shows (races, CUDA graphs, time) is not.
+"""
+
+import ctypes
+import os
+import secrets
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import modcompile
+
+# B batch  S rows  K capacity  D width
+
+ROOT = Path(__file__).parents[3]
+SOURCES = ROOT / "runtimes/native"
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+_POINTER, _INT, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_SIGNATURES = {
+    "modcompile_kernels_version": (ctypes.c_char_p, []),
+    "modcompile_route": (_INT, [_POINTER] * 3 + [_INT, _POINTER] + [_SIZE] * 3 + [_POINTER]),
+    "modcompile_route_rows_workspace": (ctypes.c_size_t, [_SIZE] * 2),
+    "modcompile_route_rows": (
+        _INT, [_POINTER, _INT] + [_POINTER] * 5 + [_INT, _POINTER] + [_SIZE] * 4 + [_POINTER] * 2),
+    "modcompile_gather_rows": (_INT, [_POINTER] * 2 + [_INT, _POINTER] + [_SIZE] * 4 + [_POINTER]),
+    "modcompile_merge_rows": (_INT, [_POINTER] * 3 + [_INT] + [_POINTER] * 2 + [_INT] + [_SIZE] * 4 + [_POINTER] * 2),
+}
+
+
+class KernelError(Exception):
+    """A call returned this cudaError_t."""
+
+
+class Kernels:
+    """A library of the kernels; tensors in, tensors filled, on PyTorch's current stream."""
+
+    def __init__(self, path: Path, device: str):
+        self.device = device
+        self.library = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(self.library, name)
+            function.restype, function.argtypes = result, arguments
+
+    def _call(self, name, *arguments):
+        stream = torch.cuda.current_stream().cuda_stream if self.device == "cuda" else None
+        pointers = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments]
+        error = getattr(self.library, name)(*pointers, stream)
+        if error != 0:
+            raise KernelError(error)
+
+    def version(self):
+        return self.library.modcompile_kernels_version().decode()
+
+    def route(self, logits, valid, positions, filled):
+        batch, rows = logits.shape
+        self._call("modcompile_route", logits, valid, positions, positions.itemsize, filled, batch, rows,
+                   positions.shape[1])
+
+    def workspace(self, batch, rows):
+        size = self.library.modcompile_route_rows_workspace(batch, rows)
+        return torch.zeros(size, dtype=torch.uint8, device=self.device)
+
+    def route_rows(self, x, weight, bias, valid, logits, positions, filled, workspace):
+        batch, rows, width = x.shape
+        self._call("modcompile_route_rows", x, DTYPES[x.dtype], weight, bias, valid, logits, positions,
+                   positions.itemsize, filled, batch, rows, width, positions.shape[1], workspace)
+
+    def gather_rows(self, x, positions, out):
+        batch, rows = x.shape[:2]
+        self._call("modcompile_gather_rows", x, positions, positions.itemsize, out, batch, rows, positions.shape[1],
+                   x[0, 0].numel() * x.itemsize)
+
+    def merge_rows(self, x, y, positions, gate, out):
+        batch, rows, width = x.shape
+        self._call("modcompile_merge_rows", x, y, positions, positions.itemsize, gate, out, DTYPES[x.dtype], batch,
+                   rows, positions.shape[1], width, None)
+
+
+def build_for_gpu(folder: Path) -> Path:
+    """The shared library that CMake builds for the GPU of this machine, or $MODCOMPILE_KERNELS."""
+    if given := os.environ.get("MODCOMPILE_KERNELS"):
+        return Path(given).resolve()
+    major, minor = torch.cuda.get_device_capability()
+    configure = ["cmake", "-S", SOURCES, "-B", folder, f"-DCMAKE_CUDA_ARCHITECTURES={major}{minor}"]
+    for command in (configure, ["cmake", "--build", folder, "--parallel", "--target", "modcompile_kernels"]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "libmodcompile_kernels.so"
+
+
+def build_for_cpu(folder: Path) -> Path:
+    """The kernels as a C++ compiler sees them through ``emulation/``, with its checks for undefined behaviour."""
+    path = folder / "emulated_kernels.so"
+    kernels = SOURCES / "kernels"
+    done = subprocess.run(
+        ["g++", "-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wextra", "-Wshadow",
+         "-Wno-unknown-pragmas", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover=undefined",
+         f'-DMODCOMPILE_VERSION="{modcompile.__version__}"', "-I", Path(__file__).parent / "emulation", "-I", kernels,
+         "-x", "c++", *sorted(kernels.glob("*.cu")), *sorted(kernels.glob("*.cc")), "-o", path],
+        capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+
+
+@pytest.fixture(scope="session")
+def emulated_kernels(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to compile the kernels for the CPU")
+    return Kernels(build_for_cpu(tmp_path_factory.mktemp("emulated")), "cpu")
+
+
+@pytest.fixture(scope="session")
+def gpu_kernels(tmp_path_factory):
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU")
+    return Kernels(build_for_gpu(tmp_path_factory.mktemp("native")), "cuda")
+
+
+@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def kernels(request):
+    return request.getfixturevalue(f"{request.param}_kernels")
+
+
+@pytest.fixture
+def seed():
+    """Another one every time; MODCOMPILE_SEED repeats a run, whose seed pytest shows when it fails."""
+    chosen = int(os.environ.get("MODCOMPILE_SEED", secrets.randbits(31)))
+    print(f"MODCOMPILE_SEED={chosen}")
+    torch.manual_seed(chosen)
+    return chosen
