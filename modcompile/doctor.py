@@ -1,15 +1,17 @@
 """Examines the environment: what is installed, what works, what is missing, and the command that installs it."""
 
-__all__ = ["Finding", "diagnose", "is_broken"]
+__all__ = ["Finding", "diagnose", "find_ort_headers", "is_broken"]
 
 import dataclasses
 import importlib
 import importlib.metadata
+import os
 import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 from packaging.requirements import Requirement
@@ -23,7 +25,7 @@ LARGER = {"onnxruntime": "onnxruntime-gpu"}
 # Modules that are not named like their distribution; elsewhere a hyphen is an underscore.
 MODULES = {"onnxruntime-gpu": "onnxruntime"}
 FIXES = {"onnxruntime-gpu": "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"}
-TOOLS = {"nvcc": "builds CUDA kernels", "cmake": "builds the C++ runtime"}
+TOOLS = {"nvcc": "builds CUDA kernels", "cmake": "builds the C++ runtime", "g++": "compiles AOTInductor engines"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,18 @@ def diagnose() -> list[Finding]:
     """
     if _version(PACKAGE) is None:
         return [Finding(PACKAGE, "broken", "files without an installation", required=True, fix="pip install -e .")]
-    return [_python(), *_packages(), _onnxruntime_is_one(), _gpu(), *(_tool(name, use) for name, use in TOOLS.items())]
+    return [_python(), *_packages(), _onnxruntime_is_one(), _gpu(), *(_tool(name, use) for name, use in TOOLS.items()),
+            _ort_headers()]
+
+
+def find_ort_headers() -> Path | None:
+    """The folder of ONNX Runtime's C++ headers, which its Python package lacks; None where there is none.
+
+    The environment variable ``ONNXRUNTIME_INCLUDE_DIR`` names one that lies elsewhere than the system's.
+    """
+    given = os.environ.get("ONNXRUNTIME_INCLUDE_DIR")
+    folders = [given] if given else [f"{prefix}/include/onnxruntime" for prefix in ("/usr", "/usr/local")]
+    return next((Path(folder) for folder in folders if Path(folder, "onnxruntime_cxx_api.h").is_file()), None)
 
 
 def is_broken(findings: list[Finding]) -> bool:
@@ -148,12 +161,22 @@ def _gpu() -> Finding:
 
 
 def _tool(name: str, use: str) -> Finding:
-    # nvcc's version is on one of the last lines of its banner, cmake's on the first.
+    # nvcc's version is on one of the last lines of its banner, the others' on the first.
     version = _output(name, "--version")
     if version is None:
         return Finding(name, "missing", needed=use)
-    line = next((line for line in version.splitlines() if "release" in line or "version" in line), "")
+    lines = version.splitlines()
+    line = next((line for line in lines if "release" in line or "version" in line), lines[0])
     return Finding(name, "ok", line.strip(), use)
+
+
+def _ort_headers() -> Finding:
+    name, needed = "ONNX Runtime's headers", "builds the custom-op library"
+    folder = find_ort_headers()
+    if folder is None:
+        return Finding(name, "missing", needed=needed, fix="apt-get install libonnxruntime-dev, or "
+                       "runtimes/native/ort/fetch_headers.sh FOLDER and ONNXRUNTIME_INCLUDE_DIR=FOLDER")
+    return Finding(name, "ok", str(folder), needed)
 
 
 def _first_line(*command: str) -> str | None:

@@ -12,7 +12,7 @@ by logits with three digits. The policy is the one of autocast, with the residua
    elementwise work. What does not (masks, rotary tables, the terms of a norm) stays float32 until it does.
 3. Parameters are cast once each, tied ones once for all; a router's stay.
 4. Masks made of float32's lowest number are clamped to the half's, as are such numbers among arguments.
-5. The model's float inputs and outputs become half; integers and bools stay.
+5. The model's float inputs and outputs become half; integers, bools, and logits and gates that are handed out stay.
 """
 
 import dataclasses
@@ -88,7 +88,9 @@ def _router_only(graph: torch.fx.Graph) -> set[torch.fx.Node]:
     found, pending = set(routes), [node.args[0] for node in routes]
     while pending:
         node = pending.pop()
-        if node not in found and all(user in found or _from_logits(user, routes) for user in node.users):
+        # An engine that hands out its routing returns logits and gates as they are.
+        if node not in found and all(user in found or user.op == "output" or _from_logits(user, routes)
+                                     for user in node.users):
             found.add(node)
             pending.extend(node.all_input_nodes)
     for node in graph.nodes:
@@ -126,7 +128,8 @@ class _Cast:
         elif node.op == "get_attr" and before == torch.float32 and node not in self.protected:
             self._cast_parameter(node)
         elif node.op == "output":
-            node.args = torch.fx.node.map_arg(node.args, lambda arg: self._as(arg, self.half, node))
+            node.args = torch.fx.node.map_arg(
+                node.args, lambda arg: arg if arg in self.protected else self._as(arg, self.half, node))
         elif node.op == "call_function":
             self._compute(node)
         if node not in self.dtypes and before is not None:

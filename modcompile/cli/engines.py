@@ -39,6 +39,8 @@ def build(
     )] = None,
     custom_ops: Annotated[Path | None, typer.Option(
         metavar="FILE", help="The custom-op library for ONNX Runtime, which goes into the engine folder.")] = None,
+    device: Annotated[str | None, typer.Option(
+        help="What AOTInductor compiles for: cpu (the default), cuda, or one of several GPUs, as cuda:1.")] = None,
     overwrite: opt.Overwrite = False,
     as_json: opt.AsJson = False,
 ) -> None:
@@ -48,7 +50,7 @@ def build(
 
     shapes = opt.read_profiles(shape)
     with working("loading the model") as say:
-        given = {"providers": provider, "custom_ops": custom_ops}
+        given = {"providers": provider, "custom_ops": custom_ops, "device": device}
         options: dict[str, Any] = {name: value for name, value in given.items() if value}
         source: Any = Path(model)
         # Folders are models; a file can only be ONNX.

@@ -12,11 +12,14 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx
+import onnx_ir as ir
 import onnxruntime
 from google.protobuf.message import DecodeError, Message
+from modcompile.runtimes.ort.custom_ops import DOMAIN, LIBRARY, CustomOps, open_library, read_library
+from modcompile.runtimes.ort.fuse import fuse_for_cuda
 from modcompile.runtimes.ort.session import ENTRY, Provider, open_session, tensor_specs
 
 from modcompile.engine import Shapes
@@ -32,7 +35,8 @@ _PRECISIONS = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16",
 
 
 def build(onnx_path: Path, folder: Path, *, runtime: str, precision: str | None = None, shapes: Shapes | None = None,
-          providers: Sequence[Provider] = ("CPUExecutionProvider",)) -> dict[str, Any]:
+          providers: Sequence[Provider] = ("CPUExecutionProvider",),
+          custom_ops: str | os.PathLike | Literal[False] | None = None, fuse: bool | None = None) -> dict[str, Any]:
     """Fills ``folder`` and opens a session on it once, so that an engine that does not load is never kept.
 
     Args:
@@ -42,15 +46,19 @@ def build(onnx_path: Path, folder: Path, *, runtime: str, precision: str | None 
         precision: None, or what the file must be.
         shapes: Static shapes by input name; a symbol they give a size to is fixed everywhere.
         providers: Execution providers by name, or pairs of name and options; the names become the engine's default.
+        custom_ops: The custom-op library, ``libmodcompile_ort.so``. An engine whose model has our ops gets a copy of it
+            and runs them with it; its model keeps their function bodies all the same.
+        fuse: Writes the graph with ONNX Runtime's own operators, see ``modcompile.runtimes.ort.fuse``. By default for
+            the CUDA provider.
 
     Returns:
         The manifest's fields.
 
     Raises:
-        UsageError: No such file, or a shape or precision that does not fit it.
+        UsageError: No such file, a shape or precision that does not fit it, or custom ops for a flattened file.
         IntegrityError: The file or one of its data files is damaged, missing or outside its folder.
         UnsupportedGraphError: ONNX Runtime does not run this graph.
-        RuntimeUnavailableError: A provider is missing or does not start.
+        RuntimeUnavailableError: A provider is missing or does not start, or the custom-op library is not one.
     """
     model = _read(onnx_path)
     metadata = _metadata(model, onnx_path)
@@ -58,10 +66,15 @@ def build(onnx_path: Path, folder: Path, *, runtime: str, precision: str | None 
         raise UsageError("the ONNX file has another precision", expected=precision, found=metadata.precision,
                          where=onnx_path, fix=f"export the model with precision={precision!r}")
     sizes = _fix_shapes(model, shapes or {}, onnx_path)
-    _place_weights(model, onnx_path, folder)
+    names = tuple(p if isinstance(p, str) else p[0] for p in providers)
+    if "CUDAExecutionProvider" in names if fuse is None else fuse:
+        _write_fused(model, onnx_path, folder)
+    else:
+        _place_weights(model, onnx_path, folder)
+    library = _place_library(model, metadata, Path(custom_ops), folder) if custom_ops else None
     # In memory, so that what is proved is what is written.
     content = (folder / ENTRY).read_bytes()
-    session = open_session(content, folder, where=onnx_path, providers=providers)
+    session = open_session(content, folder, where=onnx_path, providers=providers, custom_ops=library)
     return {
         "runtime": runtime,
         "runtime_version": onnxruntime.__version__,
@@ -72,7 +85,8 @@ def build(onnx_path: Path, folder: Path, *, runtime: str, precision: str | None 
         "outputs": tensor_specs(session.get_outputs(), onnx_path),
         "routed_blocks": tuple(block.at(sizes) for block in metadata.routed_blocks),
         "passes": metadata.passes,
-        "providers": tuple(p if isinstance(p, str) else p[0] for p in providers),
+        "providers": names,
+        "target": {} if library is None else {"custom_ops": str(library)},
         "created_with": {"onnxruntime": onnxruntime.__version__},
     }
 
@@ -131,8 +145,8 @@ def _fix_shapes(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]], pat
     return sizes
 
 
-def _place_weights(model: onnx.ModelProto, path: Path, folder: Path) -> None:
-    """Writes ``folder``'s model.onnx and brings its data files; weights inside the graph move out of it."""
+def _data_files(model: onnx.ModelProto, path: Path) -> dict[str, int]:
+    """The data files that the model names, below its folder, and how many bytes of each it needs."""
     locations: dict[str, int] = {}
     for tensor in _find(model, onnx.TensorProto):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
@@ -146,10 +160,27 @@ def _place_weights(model: onnx.ModelProto, path: Path, folder: Path) -> None:
                                      found=f"{tensor.name}: {error}", where=path) from error
             locations[location] = max(locations.get(location, 0), end)
     for location, end in locations.items():
-        if location.split("/")[0] in (ENTRY, MANIFEST_NAME):
+        _check_data(path.parent / location, end, path)
+    return locations
+
+
+def _write_fused(model: onnx.ModelProto, path: Path, folder: Path) -> None:
+    """Writes ``folder``'s model.onnx with ONNX Runtime's own operators, and its weights into one file beside it."""
+    # Before anything is read from them.
+    _data_files(model, path)
+    fused = ir.from_proto(model)
+    ir.external_data.set_base_dir(fused.graph, path.parent)
+    ir.save(fuse_for_cuda(fused), folder / ENTRY, external_data=f"{ENTRY}.data", size_threshold_bytes=_EMBEDDED_BYTES)
+
+
+def _place_weights(model: onnx.ModelProto, path: Path, folder: Path) -> None:
+    """Writes ``folder``'s model.onnx and brings its data files; weights inside the graph move out of it."""
+    locations = _data_files(model, path)
+    for location in locations:
+        if location.split("/")[0] in (ENTRY, MANIFEST_NAME, LIBRARY):
             raise UsageError("a data file has a name that the engine needs itself", found=location, where=path,
                              fix="export the model with another name for its data file")
-        _bring(path.parent / location, end, folder / location, move=folder in path.parents, model=path)
+        _bring(path.parent / location, folder / location, move=folder in path.parents)
     written = folder / ENTRY
     data_name = f"{ENTRY}.data"
     if locations:
@@ -162,11 +193,29 @@ def _place_weights(model: onnx.ModelProto, path: Path, folder: Path) -> None:
             (folder / name).chmod(written.stat().st_mode)
 
 
-def _bring(source: Path, size: int, target: Path, *, move: bool, model: Path) -> None:
+def _place_library(model: onnx.ModelProto, metadata: ModelMetadata, source: Path, folder: Path) -> CustomOps | None:
+    """Copies the custom-op library into ``folder`` and loads it, if the model has ops that it is for."""
+    content = read_library(source)
+    library = open_library(content, source)
+    if not any(entry.domain == DOMAIN for entry in model.opset_import):
+        if metadata.routed_blocks:
+            raise UsageError("the model has no ops of ours that custom ops could run",
+                             expected=f"nodes of the domain {DOMAIN}", found="a flattened model", where="custom_ops",
+                             fix="export the model without inline=True, or leave custom_ops out")
+        # A dense model, as benchmarks build one with the same options.
+        return None
+    (folder / LIBRARY).write_bytes(content)
+    return library
+
+
+def _check_data(source: Path, size: int, model: Path) -> None:
     if not source.is_file() or source.stat().st_size < size:
         raise IntegrityError("a data file of the ONNX model is missing or truncated", expected=f"{size} bytes or more",
                              found=f"{source.stat().st_size} bytes" if source.is_file() else "no such file",
                              where=source, fix=f"put it beside {model.name}, or export the model again")
+
+
+def _bring(source: Path, target: Path, *, move: bool) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if move:
         os.replace(source, target)

@@ -1,15 +1,18 @@
 """Runs an ONNX Runtime session by IO binding: inputs are read where they lie, outputs are handed over, not copied."""
 
-__all__ = ["OrtEngine", "load"]
+__all__ = ["OrtEngine", "load", "to_torch"]
 
+import contextlib
 import ctypes
 import importlib
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
+from modcompile.runtimes.ort.custom_ops import LIBRARY, CustomOps, open_library, read_library
 from modcompile.runtimes.ort.session import ONNX_TYPES, Optimization, Provider, open_session, tensor_specs
 
 from modcompile.engine import Engine, Tensor, is_torch
@@ -37,16 +40,14 @@ class OrtEngine(Engine):
         self.session = None
 
     def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        session = self.session
-        if session is None:
-            raise UsageError("the engine was closed by another thread", where=self.folder)
+        session = self._open_session()
         first = next(iter(inputs.values()), None)
         device, index = self._device(first, session)
         # Bindings hold bare addresses: these references keep the memory alive until the run is over.
         buffers = {spec.name: _contiguous(inputs[spec.name]) for spec in self.inputs}
         # Threads may share a session but not a binding.
         binding = session.io_binding()
-        try:
+        with self._explained(inputs):
             for spec in self.inputs:
                 buffer = buffers[spec.name]
                 binding.bind_input(spec.name, device, index, ONNX_TYPES[spec.dtype], tuple(buffer.shape),
@@ -54,12 +55,24 @@ class OrtEngine(Engine):
             for spec in self.outputs:
                 binding.bind_output(spec.name, device, index)
             session.run_with_iobinding(binding)
+        take = to_torch if is_torch(first) else _to_numpy
+        return {spec.name: take(value, spec) for spec, value in zip(self.outputs, binding.get_outputs(), strict=True)}
+
+    def _open_session(self) -> onnxruntime.InferenceSession:
+        session = self.session
+        if session is None:
+            raise UsageError("the engine was closed by another thread", where=self.folder)
+        return session
+
+    @contextlib.contextmanager
+    def _explained(self, inputs: Mapping[str, Tensor]) -> Iterator[None]:
+        """Says what the engine was given when ONNX Runtime fails."""
+        try:
+            yield
         except Exception as error:
             shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())
             raise ModcompileError("ONNX Runtime failed to run the engine", expected=", ".join(map(str, self.inputs)),
                                   found=f"{shapes}: {error}", where=self.folder) from error
-        take = _to_torch if is_torch(first) else _to_numpy
-        return {spec.name: take(value, spec) for spec, value in zip(self.outputs, binding.get_outputs(), strict=True)}
 
     def _device(self, value: Tensor, session: onnxruntime.InferenceSession) -> tuple[str, int]:
         if not is_torch(value) or value.device.type == "cpu":
@@ -77,7 +90,8 @@ class OrtEngine(Engine):
 
 def load(folder: Path, manifest: Manifest, *, providers: Sequence[Provider] | None = None,
          intra_op_threads: int | None = None, inter_op_threads: int | None = None,
-         optimization: Optimization = "all", session_config: Mapping[str, str] | None = None) -> OrtEngine:
+         optimization: Optimization = "all", session_config: Mapping[str, str] | None = None,
+         custom_ops: str | os.PathLike | Literal[False] | None = None, cuda_graph: bool = False) -> OrtEngine:
     """Opens an engine folder whose files were verified.
 
     The graph is parsed from the very bytes whose hash was checked; the weights, which are data and not code, are
@@ -92,12 +106,17 @@ def load(folder: Path, manifest: Manifest, *, providers: Sequence[Provider] | No
         inter_op_threads: Threads across operators, which then run in parallel where they can.
         optimization: How far ONNX Runtime rewrites the graph.
         session_config: ONNX Runtime's session configuration entries.
+        custom_ops: By default the custom-op library that the engine was built with, if any. Another one's path, such as
+            one for this machine; or False, which runs the function bodies.
+        cuda_graph: Record the run as a CUDA graph, see ``modcompile.runtimes.ort.cuda_graph``. Needs static shapes and
+            the CUDA provider.
 
     Raises:
-        UsageError: An option that does not fit.
+        UsageError: An option that does not fit, or a CUDA graph of an engine with a size that varies.
         IntegrityError: The model is damaged, or differs from its manifest.
         UnsupportedGraphError: ONNX Runtime does not run this graph.
-        RuntimeUnavailableError: Another version of ONNX Runtime is needed, or a provider is missing.
+        RuntimeUnavailableError: Another version of ONNX Runtime is needed, a provider is missing, or the custom-op
+            library does not load here.
     """
     if not manifest.runtime_range.contains(onnxruntime.__version__):
         raise RuntimeUnavailableError("this version of ONNX Runtime cannot load the engine",
@@ -107,14 +126,24 @@ def load(folder: Path, manifest: Manifest, *, providers: Sequence[Provider] | No
     session = open_session(read_verified(folder, manifest, manifest.entry), folder, where=path,
                            providers=manifest.providers if providers is None else providers,
                            intra_op_threads=intra_op_threads, inter_op_threads=inter_op_threads,
-                           optimization=optimization, session_config=session_config)
+                           optimization=optimization, session_config=session_config,
+                           custom_ops=_custom_ops(folder, manifest, custom_ops), cuda_graph=cuda_graph)
     inputs, outputs = tensor_specs(session.get_inputs(), path), tensor_specs(session.get_outputs(), path)
     # The outputs' shapes are inferred, and each release infers what it can.
     if inputs != manifest.inputs or _types(outputs) != _types(manifest.outputs):
         raise IntegrityError("the model's inputs or outputs are not those of its manifest",
                              expected="; ".join(map(str, manifest.inputs + manifest.outputs)),
                              found="; ".join(map(str, inputs + outputs)), where=path)
+    if cuda_graph:
+        return importlib.import_module("modcompile.runtimes.ort.cuda_graph").CudaGraphEngine(folder, manifest, session)
     return OrtEngine(folder, manifest, session)
+
+
+def _custom_ops(folder: Path, manifest: Manifest, given: str | os.PathLike | Literal[False] | None
+                ) -> CustomOps | None:
+    if given is None and LIBRARY in manifest.files:
+        return open_library(read_verified(folder, manifest, LIBRARY), folder / LIBRARY)
+    return open_library(read_library(given), given) if given else None
 
 
 def _types(specs: Sequence[TensorSpec]) -> list[tuple[str, str]]:
@@ -139,7 +168,8 @@ def _to_numpy(value: Any, spec: TensorSpec) -> np.ndarray:
     return array
 
 
-def _to_torch(value: Any, spec: TensorSpec) -> Any:
+def to_torch(value: Any, spec: TensorSpec) -> Any:
+    """A torch tensor on the memory of an OrtValue."""
     torch = importlib.import_module("torch")
     # In release 1.24 only the class that this one wraps speaks DLPack, and hands bools over as bytes.
     tensor = torch.from_dlpack(value if hasattr(value, "__dlpack__") else value._ortvalue)

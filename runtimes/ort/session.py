@@ -1,12 +1,13 @@
 """ONNX Runtime sessions: explicit providers, no fallback, and failures said in this package's errors."""
 
-__all__ = ["ENTRY", "ONNX_TYPES", "open_session", "tensor_specs"]
+__all__ = ["CUDA", "ENTRY", "ONNX_TYPES", "Optimization", "Provider", "open_session", "tensor_specs"]
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import onnxruntime
+from modcompile.runtimes.ort.custom_ops import CustomOps
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from modcompile.errors import (
@@ -20,6 +21,7 @@ from modcompile.manifest import TensorSpec
 
 # The ONNX file of every ONNX Runtime engine.
 ENTRY = "model.onnx"
+CUDA = "CUDAExecutionProvider"
 
 Provider = str | tuple[str, Mapping[str, Any]]
 Optimization = Literal["all", "extended", "basic", "none"]
@@ -41,19 +43,22 @@ _DTYPES: dict[str, Any] = {f"tensor({name})": name for name in ONNX_TYPES} | {
 
 def open_session(model: bytes, folder: Path, *, where: Path, providers: Sequence[Provider],
                  intra_op_threads: int | None = None, inter_op_threads: int | None = None,
-                 optimization: Optimization = "all",
-                 session_config: Mapping[str, str] | None = None) -> onnxruntime.InferenceSession:
+                 optimization: Optimization = "all", session_config: Mapping[str, str] | None = None,
+                 custom_ops: CustomOps | None = None, cuda_graph: bool = False) -> onnxruntime.InferenceSession:
     """Opens a session on a model that was read already; its external data files are mapped from ``folder``.
 
-    ``where`` names the model in messages.
+    ``where`` names the model in messages. ``custom_ops`` run in the place of function bodies; with
+    ``cuda_graph`` the CUDA provider records its first run.
 
     Raises:
         UsageError: An option that ONNX Runtime does not have.
         IntegrityError: The bytes are no ONNX model.
         UnsupportedGraphError: ONNX Runtime does not run this graph.
-        RuntimeUnavailableError: A provider is not available, or did not start.
+        RuntimeUnavailableError: A provider is not available, did not start, or has no kernels in the custom ops.
     """
     names = _check_providers(providers)
+    if cuda_graph:
+        providers = _recording(providers)
     options = onnxruntime.SessionOptions()
     # What goes wrong is raised; by default it is printed as well.
     options.log_severity_level = 4
@@ -66,6 +71,8 @@ def open_session(model: bytes, folder: Path, *, where: Path, providers: Sequence
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.absolute()))
     for key, value in (session_config or {}).items():
         options.add_session_config_entry(key, value)
+    if custom_ops is not None:
+        _register(custom_ops, options, names)
     try:
         # A disabled fallback raises where ONNX Runtime would otherwise print and go on with the CPU.
         session = onnxruntime.InferenceSession(
@@ -113,6 +120,30 @@ def _check_providers(providers: Sequence[Provider]) -> list[str]:
                                           fix="pip install onnxruntime-gpu, in the place of onnxruntime"
                                           if name.startswith(("CUDA", "Tensorrt")) else None)
     return names
+
+
+def _recording(providers: Sequence[Provider]) -> list[Provider]:
+    """The providers, with CUDA's told to record a graph."""
+    pairs = [(provider, {}) if isinstance(provider, str) else provider for provider in providers]
+    if CUDA not in dict(pairs):
+        raise UsageError("a CUDA graph needs the CUDA execution provider", expected=CUDA,
+                         found=", ".join(dict(pairs)), where="cuda_graph", fix=f'pass providers=["{CUDA}"]')
+    return [(name, {**options, "enable_cuda_graph": "1"} if name == CUDA else options) for name, options in pairs]
+
+
+def _register(custom_ops: CustomOps, options: onnxruntime.SessionOptions, providers: list[str]) -> None:
+    # They would run on the CPU, between copies there and back.
+    if CUDA in providers and CUDA not in custom_ops.providers:
+        raise RuntimeUnavailableError("the custom-op library has no kernels for CUDA", expected=CUDA,
+                                      found=", ".join(custom_ops.providers),
+                                      fix="build runtimes/native with -DMODCOMPILE_ORT=ON and without "
+                                      "-DMODCOMPILE_CUDA=OFF, or pass custom_ops=False to load_engine")
+    try:
+        options.register_custom_ops_library(str(custom_ops.path))
+    except Exception as error:
+        raise RuntimeUnavailableError("ONNX Runtime does not take the custom-op library",
+                                      expected=f"ops for onnxruntime {onnxruntime.__version__}", found=error,
+                                      where=str(custom_ops), fix="build the library again") from error
 
 
 def _one_of(value: str, option: str) -> str:

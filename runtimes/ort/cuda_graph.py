@@ -1,0 +1,89 @@
+"""Runs a session as one CUDA graph: its kernels are recorded once, and a run launches all of them at a time.
+
+ONNX Runtime records the first run and replays it afterwards. A graph reads and writes fixed memory, so every size is
+static, inputs are copied into the engine's own memory and outputs out of it, and callers take turns. All nodes must run
+on the CUDA provider: where one does not, the session is refused.
+"""
+
+__all__ = ["CudaGraphEngine"]
+
+import importlib
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from modcompile.runtimes.ort.engine import OrtEngine, to_torch
+from modcompile.runtimes.ort.session import CUDA, ONNX_TYPES
+
+from modcompile.engine import Tensor, is_torch
+from modcompile.errors import UsageError
+from modcompile.manifest import Manifest
+
+
+class CudaGraphEngine(OrtEngine):
+    """An engine whose runs replay a CUDA graph. Memory of its inputs and outputs is allocated once, on one device.
+
+    Raises:
+        UsageError: The engine has a size that varies.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, session: onnxruntime.InferenceSession):
+        super().__init__(folder, manifest, session)
+        if varying := [str(spec) for spec in self.inputs + self.outputs if any(isinstance(d, str) for d in spec.shape)]:
+            raise UsageError("a CUDA graph has one size", expected="an engine of static shapes",
+                             found=", ".join(varying), where=folder,
+                             fix="build the engine with shapes={...} for every input, or leave cuda_graph out")
+        device_id = int(session.get_provider_options()[CUDA].get("device_id", 0))
+        self._turn = threading.Lock()
+        self._buffers = {
+            spec.name: onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+                list(spec.shape), ONNX_TYPES[spec.dtype], "cuda", device_id)
+            for spec in self.inputs + self.outputs}
+        # Torch tensors on the same memory, made when one is first needed.
+        self._views: dict[str, Any] = {}
+        self._binding: Any = session.io_binding()
+        for spec in self.inputs:
+            self._binding.bind_ortvalue_input(spec.name, self._buffers[spec.name])
+        for spec in self.outputs:
+            self._binding.bind_ortvalue_output(spec.name, self._buffers[spec.name])
+
+    def close(self) -> None:
+        """Frees the session, its graph and its memory once the runs under way have ended."""
+        super().close()
+        with self._turn:
+            self._binding, self._buffers, self._views = None, {}, {}
+
+    def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        with self._turn:
+            session = self._open_session()
+            with self._explained(inputs):
+                replay = self._replay_torch if is_torch(next(iter(inputs.values()), None)) else self._replay_numpy
+                return replay(session, inputs)
+
+    def _replay_numpy(self, session: onnxruntime.InferenceSession, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        for spec in self.inputs:
+            self._buffers[spec.name].update_inplace(np.require(inputs[spec.name], requirements=["C", "A"]))
+        session.run_with_iobinding(self._binding)
+        # A copy, even of memory that the host may read in place.
+        return {spec.name: np.array(self._buffers[spec.name].numpy()) for spec in self.outputs}
+
+    def _replay_torch(self, session: onnxruntime.InferenceSession, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        torch = importlib.import_module("torch")
+        if not self._views:
+            self._views = {spec.name: to_torch(self._buffers[spec.name], spec) for spec in self.inputs + self.outputs}
+        views = self._views
+        memory = next(iter(views.values())).device
+        device = next(iter(inputs.values())).device
+        with torch.cuda.device(memory):
+            for spec in self.inputs:
+                views[spec.name].copy_(inputs[spec.name])
+            # ONNX Runtime reads on a stream of its own, and returns when its stream is done.
+            torch.cuda.current_stream().synchronize()
+            session.run_with_iobinding(self._binding)
+            outputs = {spec.name: views[spec.name].to(device, copy=True) for spec in self.outputs}
+            # The next caller may write to this memory from another stream.
+            torch.cuda.current_stream().synchronize()
+        return outputs

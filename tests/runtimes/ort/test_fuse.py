@@ -1,0 +1,63 @@
+"""The graph as the CUDA provider takes it: fewer operators, the same numbers. The CPU provider has all of them too."""
+
+from collections import Counter
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from families import family
+from tiny import randomise_routers
+from tolerances import TOLERANCES, farthest
+
+import modcompile as mc
+from modcompile.variants import dense_model
+
+ORT = TOLERANCES["ort"][torch.float32]
+
+
+@pytest.fixture(scope="module", params=["gpt2-unmasked", "bert", "llama"])
+def mod(request: pytest.FixtureRequest) -> tuple[mc.MoDModel, dict, dict]:
+    member = family(request.param)
+    made = mc.convert(mc.capture(member.build(), member.example()),
+                      config=mc.MoDConfig(capacity_ratio=0.25, gate="straight-through"))
+    padding = member.paddings[0] if member.paddings else None
+    inputs = member.inputs(3, 63, padding, seed=2)
+    return randomise_routers(made), inputs, {"valid": member.valid(inputs), "name": request.param}
+
+
+def operators(path: Path) -> Counter:
+    return Counter(node.op_type for node in onnx.load(path / "model.onnx", load_external_data=False).graph.node)
+
+
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "routed"])
+def test_it_computes_the_same_with_fewer_operators(mod, dense: bool, tmp_path: Path):
+    model, inputs, facts = mod
+    model = dense_model(model) if dense else model
+    plain = mc.build_engine(model, tmp_path / "plain")
+    fused = mc.build_engine(model, tmp_path / "fused", fuse=True)
+    with torch.no_grad():
+        expected = model.run_graph(list(inputs.values()))
+    given = {name: tensor.numpy() for name, tensor in inputs.items()}
+    for engine in (plain, fused):
+        found = [torch.from_numpy(value) for value in engine.run(given).values()]
+        assert farthest(found, expected, facts["valid"]) <= ORT
+    counts = operators(tmp_path / "fused")
+    # The first norm, one after the embedding or the head; and in a routed model those next to a gather or a merge.
+    assert counts["LayerNormalization"] + counts["SimplifiedLayerNormalization"] <= (2 if dense else 5)
+    assert counts["SkipLayerNormalization"] + counts["SkipSimplifiedLayerNormalization"] >= (8 if dense else 4)
+    if facts["name"] != "llama":
+        # Grouped heads stay with the standard operator.
+        assert counts["MultiHeadAttention"] == 4 and counts["Attention"] == 0
+        assert counts["FastGelu"] + counts["BiasGelu"] >= 4 and counts["Gelu"] == 0
+        assert counts["Split"] == 0
+    assert sum(counts.values()) < sum(operators(tmp_path / "plain").values())
+    assert sorted(path.name for path in (tmp_path / "fused").iterdir()) == [
+        "manifest.json", "model.onnx", "model.onnx.data"]
+
+
+def test_half_precision_is_as_near(mod, tmp_path: Path):
+    model, inputs, _ = mod
+    engine = mc.build_engine(model, tmp_path / "fused", fuse=True, precision="fp16")
+    report = mc.verify(model, engine, {name: tensor.numpy() for name, tensor in inputs.items()}, options={"fuse": True})
+    assert report.precision == "fp16"
