@@ -19,6 +19,7 @@ TOLERANCES: dict[str, dict[torch.dtype, float]] = {
     "gradient": {torch.float32: 1e-5},
     "ort": {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2},
     "tensorrt-rtx": {torch.float32: 1e-3, torch.float16: 1e-2},
+    "aoti": {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2},
 }
 
 

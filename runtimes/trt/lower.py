@@ -1,7 +1,8 @@
 """Prepares an ONNX graph for TensorRT's parser. ``lower`` is the list of what is done, in order.
 
 Checked against TensorRT-RTX 1.7: it takes TopK with a computed K, GatherND with batch_dims, an overwriting ScatterND,
-bool and int64 tensors, IsNaN, If and Loop, and attention written out, which it fuses itself in half precision.
+bool and int64 tensors, IsNaN, If and Loop, and attention written out, which it fuses itself in half precision. What
+``lower`` makes of our files of opset 17 holds no op that the parser of TensorRT 8.6 does not import.
 """
 
 __all__ = ["TOPK_LIMIT", "lower"]
@@ -9,6 +10,7 @@ __all__ = ["TOPK_LIMIT", "lower"]
 from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
+from modcompile.runtimes.trt.plugins import use_plugins
 from modcompile.runtimes.trt.profile import Profile
 from onnx_ir.passes import PreconditionError
 from onnx_ir.passes.common import InlinePass
@@ -27,13 +29,15 @@ _REFUSED = {ir.DataType.DOUBLE, ir.DataType.INT16, ir.DataType.UINT16, ir.DataTy
             ir.DataType.STRING, ir.DataType.COMPLEX64, ir.DataType.COMPLEX128}
 
 
-def lower(model: ir.Model, profile: Profile, routed_blocks: Sequence[RoutedBlock] = ()) -> ir.Model:
+def lower(model: ir.Model, profile: Profile, routed_blocks: Sequence[RoutedBlock] = (), *,
+          plugins: bool = False) -> ir.Model:
     """Returns a copy of ``model`` that TensorRT's parser takes.
 
     Args:
         model: Any model; its weights are shared with the copy.
         profile: The sizes the engine is built for.
         routed_blocks: What the model's metadata says of its routed blocks, so that messages can name them.
+        plugins: Leave our ops to our plugins, which the builder must have loaded; otherwise they become standard ops.
 
     Raises:
         UnsupportedGraphError: The graph has something that no rewriting makes fit; what, where and what to do.
@@ -42,13 +46,18 @@ def lower(model: ir.Model, profile: Profile, routed_blocks: Sequence[RoutedBlock
     if (opset := model.opset_imports.get("", _OLDEST_OPSET)) < _OLDEST_OPSET:
         raise UnsupportedGraphError("the ONNX file is too old", expected=f"opset {_OLDEST_OPSET} or later", found=opset,
                                     fix="convert it with onnx.version_converter, or export the model again")
-    for block in routed_blocks:
-        _check_block(block, profile)
     model = model.clone()
+    if plugins:
+        # They have no TopK, and so no limit.
+        use_plugins(model, _known_sizes(model, profile))
+    else:
+        for block in routed_blocks:
+            _check_block(block, profile)
     _inline_calls(model)
+    _name_types(model)
     _fix_sizes(model, profile)
     _allow_unfused_attention(model)
-    probe = _at_largest_sizes(model, profile)
+    probe = _known_sizes(model, profile, largest=True)
     _check_types(probe)
     _check_topk(probe, profile)
     return model
@@ -95,6 +104,17 @@ def _fix_sizes(model: ir.Model, profile: Profile, *, largest: bool = False) -> N
                                     for dim in value.shape])
 
 
+def _name_types(model: ir.Model) -> None:
+    """``CastLike`` to the ``Cast`` that it is: the parser of TensorRT 8.6 has no other."""
+    for node in model.graph.all_nodes():
+        if node.op_type == "CastLike" and node.domain == "":
+            like = node.inputs[1]
+            if like is not None and like.dtype is not None:
+                node.op_type = "Cast"
+                node.attributes["to"] = ir.AttrInt64("to", like.dtype)
+                node.resize_inputs(1)
+
+
 def _allow_unfused_attention(model: ir.Model) -> None:
     """Lets TensorRT write ``Attention`` out where it has no fused kernel: float32, and some sizes of heads.
 
@@ -105,10 +125,10 @@ def _allow_unfused_attention(model: ir.Model) -> None:
             node.attributes["TRT_decomposable"] = ir.AttrInt64("TRT_decomposable", 1)
 
 
-def _at_largest_sizes(model: ir.Model, profile: Profile) -> ir.Model:
-    """A copy for the checks, in which what is computed from sizes alone is a constant."""
+def _known_sizes(model: ir.Model, profile: Profile, *, largest: bool = False) -> ir.Model:
+    """A copy to look at, in which what is computed from sizes that do not vary, or from the largest, is a constant."""
     probe = model.clone()
-    _fix_sizes(probe, profile, largest=True)
+    _fix_sizes(probe, profile, largest=largest)
     fold_constants_ir(probe, onnx_shape_inference=True, input_size_limit=_SIZE_ELEMENTS,
                       output_size_limit=_SIZE_ELEMENTS)
     return probe
