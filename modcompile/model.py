@@ -145,8 +145,18 @@ class GraphModel(nn.Module):
                                                    for name, tensor in self.tensors().items()})
 
     def _rebuild(self, program: Program, tensors: dict[str, torch.Tensor]) -> "GraphModel":
-        graph_module = program.assemble(tensors, non_persistent=self.non_persistent())
+        graph_module = program.assemble(tensors, self._copied_routers(tensors), self.non_persistent())
         return GraphModel(graph_module, self.interface, dict(self.hints), list(self.passes)).train(self.training)
+
+    def _copied_routers(self, tensors: dict[str, torch.Tensor]) -> dict[str, nn.Module]:
+        """Copies of the modules that the graph calls as they are; ``tensors`` loses theirs, for the graph has none."""
+        program = self.program
+        called = [str(node.target) for node in program.graph.nodes if node.op == "call_module"]
+        copies = {path: copy.deepcopy(self.get_submodule(path)) for path in called if path not in program.bodies}
+        for path, module in copies.items():
+            for name in dict(module.named_parameters()):
+                del tensors[f"{path}.{name}"]
+        return copies
 
 
 class MoDModel(GraphModel):
@@ -218,13 +228,7 @@ class MoDModel(GraphModel):
         return made.train(self.training)
 
     def _rebuild(self, program: Program, tensors: dict[str, torch.Tensor]) -> "MoDModel":
-        routers: dict[str, nn.Module] = {}
-        for path, router in self.routers.items():
-            routers[router_path(path)] = copy.deepcopy(router)
-            for name in dict(router.named_parameters()):
-                # Held by the copied router, not by the graph.
-                del tensors[f"{router_path(path)}.{name}"]
-        graph_module = program.assemble(tensors, routers, self.non_persistent())
+        graph_module = program.assemble(tensors, self._copied_routers(tensors), self.non_persistent())
         return MoDModel(graph_module, self.interface, dict(self.hints), list(self.passes), self.config,
                         self._routed_blocks, self.dense_program.copy()).train(self.training)
 

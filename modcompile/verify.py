@@ -257,9 +257,12 @@ class _Case:
         engine = self.engine
         if engine.manifest.providers:
             options.setdefault("providers", engine.manifest.providers)
+        if engine.runtime == "aoti":
+            options.setdefault("device", engine.manifest.target["device"])
         # A dynamic engine's probe is dynamic too, for its graph is another one; but TensorRT then wants a profile, and
         # gets the inputs' own sizes.
-        dynamic = engine.runtime == "ort" and any(isinstance(dim, str) for spec in engine.inputs for dim in spec.shape)
+        dynamic = engine.runtime in ("ort", "aoti") and any(
+            isinstance(dim, str) for spec in engine.inputs for dim in spec.shape)
         shapes = None if dynamic else {name: tuple(value.shape) for name, value in self.inputs.items()}
         with tempfile.TemporaryDirectory() as folder, build_engine(
                 probe, Path(folder) / "probe", runtime=engine.runtime, precision=engine.manifest.precision,

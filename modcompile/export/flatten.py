@@ -46,7 +46,7 @@ def flatten(model: GraphModel, shapes: Mapping[str, Sequence[int]] | None = None
              for spec in model.inputs]
     flat = GraphModule(model.graph_module, _inline(model.graph_module))
     try:
-        _propagate(flat, fake_inputs(specs, model.hints))
+        _propagate(flat, fake_inputs(specs, model.hints, model))
     except Exception as error:
         raise UnsupportedGraphError("the graph does not run at these sizes", where=sizes or "dynamic shapes",
                                     expected=model.interface.summary(), found=f"{type(error).__name__}: {error}",
@@ -143,6 +143,8 @@ def _trace(module: nn.Module, call: Node) -> GraphModule:
     mode = examples[0].fake_mode
     fakes = {name: mode.from_tensor(tensor, static_shapes=True) for name, tensor in parameters.items()}
     with mode, torch.no_grad():
+        # What is recorded in the graph is from before the model was moved to its device.
+        examples = [example.to(next(iter(fakes.values())).device) for example in examples]
         body = make_fx(forward, pre_dispatch=True)(fakes, *examples)
     placeholders = body.graph.find_nodes(op="placeholder")
     for node, name in zip(placeholders, parameters, strict=False):

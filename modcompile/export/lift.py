@@ -1,4 +1,4 @@
-"""A flat graph as an ``ExportedProgram``, which the ONNX translator takes.
+"""A flat graph as an ``ExportedProgram``, which the ONNX translator and AOTInductor take.
 
 Tracing the graph again would give one as well, but takes as long as the capture did, and ``torch.export`` refuses
 what the passes know to be true: that a capacity (S + 7) // 8 fits a sequence of any length.
@@ -43,11 +43,12 @@ _OPAQUE = {torch.ops.modcompile.gather_rows.default: torch.ops.modcompile_export
            torch.ops.modcompile.merge_rows.default: torch.ops.modcompile_export.merge_rows.default}
 
 
-def lift(graph_module: GraphModule) -> ExportedProgram:
+def lift(graph_module: GraphModule, *, opaque: bool = True) -> ExportedProgram:
     """Makes the graph's tensors inputs of the program, each once under its first name.
 
     Args:
         graph_module: A flat graph with shapes; it is left as it is.
+        opaque: Puts ops that never decompose in the place of ours that do, as the translator needs them.
     """
     tensors: dict[int, InputSpec] = {}
     state: dict[str, torch.Tensor] = {}
@@ -76,7 +77,7 @@ def lift(graph_module: GraphModule) -> ExportedProgram:
             graph.output(outputs)
         elif node not in values:
             values[node] = copy = graph.node_copy(node, values.__getitem__)
-            copy.target = _OPAQUE.get(copy.target, copy.target)
+            copy.target = _OPAQUE.get(copy.target, copy.target) if opaque else copy.target
     call = ModuleCallSignature(
         inputs=[], outputs=[],
         in_spec=pytree.tree_structure((tuple(range(len(inputs))), {})),
@@ -125,7 +126,9 @@ def _decompose(node: Node, decomposition: Callable, table: dict) -> None:
     def call(*values: Any) -> Any:
         given = iter(values)
         args, kwargs = pytree.tree_unflatten([next(given) if isinstance(leaf, Node) else leaf for leaf in leaves], spec)
-        return decomposition(*args, **kwargs)
+        result = decomposition(*args, **kwargs)
+        # A tuple with names would come out as one node that makes it.
+        return tuple(result) if isinstance(result, tuple) else result
 
     # Values that are alike share a fake tensor, which here would make two operands one.
     examples = [_fresh(leaf.meta["val"]) for leaf in inputs]

@@ -1,0 +1,226 @@
+"""Makes an AOTInductor engine folder from a model: one package of machine code and weights.
+
+The model's flat graph is lowered like that for ONNX, and compiled without being exported again. None of our ops is left
+in the package: ``gather_rows`` and ``merge_rows`` decompose, and ``route`` becomes its Triton kernel on a GPU, a stable
+sort on a CPU. So it runs where torch's C++ library is, without this package and without Python.
+"""
+
+__all__ = ["build"]
+
+import copy
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._inductor
+from modcompile.passes.cast_precision import CastPrecision
+from modcompile.passes.fold_straight_through import FoldStraightThrough
+from modcompile.passes.fuse_attention import FuseAttention
+from modcompile.passes.simplify_masks import SimplifyMasks
+from modcompile.runtimes.aoti.engine import ENTRY, LARGEST, open_package
+from modcompile.runtimes.aoti.target import find_device, target_of
+from torch import nn
+from torch._inductor.exc import InvalidCxxCompiler
+from torch._inductor.package import package_aoti
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+
+from modcompile.capture import capture
+from modcompile.engine import Shapes
+from modcompile.errors import ModcompileError, RuntimeUnavailableError, UnsupportedGraphError, UsageError
+from modcompile.export.flatten import bind_shapes, flatten
+from modcompile.export.lift import lift
+from modcompile.export.onnx_file import PRECISIONS
+from modcompile.manifest import PassRecord, VersionRange
+from modcompile.model import GraphModel
+from modcompile.ops.route import _reference as sorted_route
+from modcompile.pass_manager import Pass, PassManager
+from modcompile.spec import TensorSpec, dtype_name
+
+# What torch.compile(mode="max-autotune") sets, but for CUDA graphs: these are recorded when the engine is loaded.
+_AUTOTUNE = torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
+# Namespaces of ops that need no library but torch's own.
+_IN_LIBTORCH = ("aten", "mkldnn", "prims", "quantized")
+
+
+def build(model: nn.Module, folder: Path, *, runtime: str, precision: str | None = None, shapes: Shapes | None = None,
+          example_inputs: Any = None, device: str | None = None, autotune: bool | None = None) -> dict[str, Any]:
+    """Fills ``folder`` with a package, and runs it once.
+
+    Args:
+        model: A ``GraphModel`` (a ``MoDModel`` is one), or any ``nn.Module`` together with ``example_inputs``.
+        folder: The engine folder to be.
+        runtime: The runtime's name.
+        precision: "fp32", which is the default, "fp16" or "bf16".
+        shapes: Static shapes by input name; every other dim stays as symbolic as the model has it.
+        example_inputs: What the plain module is captured with, see ``modcompile.capture.capture``.
+        device: What to compile for: "cpu", "cuda" or "cuda:1". By default where the model is. The model stays there.
+        autotune: Tries several kernels for each product and several sizes for each kernel, which takes minutes for a
+            large model. By default on a GPU.
+
+    Returns:
+        The manifest's fields.
+
+    Raises:
+        UsageError: An option, precision or shape that cannot be.
+        UnsupportedGraphError: AOTInductor does not compile the graph.
+        RuntimeUnavailableError: There is no such device, or no compiler.
+    """
+    precision = precision or "fp32"
+    if precision not in PRECISIONS:
+        raise UsageError("this precision is not supported", expected=", ".join(PRECISIONS), found=precision)
+    graph = model if isinstance(model, GraphModel) else capture(model, example_inputs)
+    home = next((tensor.device for tensor in graph.tensors().values()), torch.device("cpu"))
+    place = find_device(str(home) if device is None else device)
+    passes = PassManager(lowering_passes(precision))
+    flat = passes(flatten(_at(graph, place), shapes))
+    program = lift(flat, opaque=False)
+    if place.type == "cpu":
+        # On a GPU the compiler sees the op's kernel.
+        program = program.run_decompositions({torch.ops.modcompile.route.default: sorted_route})
+    examples = [_example(node, place) for node in _inputs(flat)]
+    with tempfile.TemporaryDirectory(prefix=".build", dir=folder) as scratch:
+        files = _compile(program, examples, scratch, place.type == "cuda" if autotune is None else autotune)
+        _check_calls(files)
+        package_aoti(str(folder / ENTRY), files)
+    _prove(folder / ENTRY, place, flat, examples)
+    sizes = bind_shapes(graph.inputs, shapes or {})
+    return {
+        "runtime": runtime,
+        "runtime_version": torch.__version__,
+        "runtime_range": _release(),
+        "precision": precision,
+        "entry": ENTRY,
+        "inputs": _specs(graph.inputs, _inputs(flat)),
+        "outputs": _specs(graph.outputs, _outputs(flat)),
+        "routed_blocks": tuple(block.at(sizes) for block in graph.routed_blocks),
+        "passes": tuple(PassRecord(**record) for record in [*graph.passes, *passes.ran]),
+        "target": {**target_of(place), **_largest(graph.inputs, _inputs(flat))},
+    }
+
+
+def lowering_passes(precision: str) -> list[Pass]:
+    """The pipeline on the flat graph, read top to bottom."""
+    half = PRECISIONS[precision]
+    return [
+        # A constant gate must not look like arithmetic on logits to what follows.
+        FoldStraightThrough(),
+        # Attention that is written out becomes one node, for which there are kernels.
+        FuseAttention(),
+        # The fastest one takes a causal flag and no mask.
+        SimplifyMasks(),
+        # Last: what an operator does inside, it does in float32.
+        *([CastPrecision(half)] if half else []),
+    ]
+
+
+def _at(model: GraphModel, device: torch.device) -> GraphModel:
+    """The model on a device, in evaluation mode. It shares the tensors that are there; the given one stays as it is."""
+    tensors = {id(tensor): _moved(tensor, device) for tensor in model.tensors().values()}
+    # What is in the memo already is taken from there.
+    return copy.deepcopy(model, tensors).to(device).eval()
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    moved = tensor.detach().to(device)
+    return nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
+
+
+def _inputs(flat: GraphModule) -> list[Node]:
+    return flat.graph.find_nodes(op="placeholder")
+
+
+def _outputs(flat: GraphModule) -> Sequence[Node]:
+    return flat.graph.output_node().args[0]
+
+
+def _sizes(node: Node) -> tuple[int, ...]:
+    """A value's shape at the example's sizes."""
+    return tuple(dim if isinstance(dim, int) else int(dim.node.hint) for dim in node.meta["val"].shape)
+
+
+def _example(node: Node, device: torch.device) -> torch.Tensor:
+    return torch.zeros(_sizes(node), dtype=node.meta["val"].dtype, device=device)
+
+
+def _specs(specs: Sequence[TensorSpec], nodes: Sequence[Node]) -> tuple[TensorSpec, ...]:
+    """The model's specs with the dtypes and static sizes of the graph's values."""
+    return tuple(TensorSpec(spec.name, dtype_name(node.meta["val"].dtype), [
+        size if isinstance(size, int) else dim for size, dim in zip(node.meta["val"].shape, spec.shape, strict=True)])
+        for spec, node in zip(specs, nodes, strict=True))
+
+
+def _largest(specs: Sequence[TensorSpec], nodes: Sequence[Node]) -> dict[str, str]:
+    """The largest sizes that the compiler allowed for: it may choose narrow indices, and says so in the symbol."""
+    found = {}
+    for spec, node in zip(specs, nodes, strict=True):
+        for name, size in zip(spec.shape, node.meta["val"].shape, strict=True):
+            if isinstance(size, torch.SymInt):
+                upper = size.node.shape_env.bound_sympy(size.node.expr).upper
+                if upper.is_Integer and upper < torch.iinfo(torch.int32).max:
+                    found[f"{LARGEST}{name}"] = str(upper)
+    return found
+
+
+def _compile(program: ExportedProgram, examples: list[torch.Tensor], scratch: str, autotune: bool) -> list[Any]:
+    """Compiles, and returns the files of the package. Weights and code go to ``scratch``, not to torch's cache."""
+    options = {
+        "aot_inductor.package": True,
+        "aot_inductor.output_path": scratch,
+        # As many threads as the machine that runs it is told to use.
+        "cpp.dynamic_threads": True,
+        **(_AUTOTUNE if autotune else {}),
+    }
+    try:
+        with torch.no_grad():
+            return list(torch._inductor.aot_compile(program.module(check_guards=False), tuple(examples),
+                                                    options=options))
+    except InvalidCxxCompiler as error:
+        raise RuntimeUnavailableError("there is no C++ compiler", expected="g++ or clang++, or its path in CXX",
+                                      found=error, fix="install g++") from error
+    except torch.OutOfMemoryError as error:
+        raise ModcompileError("the GPU has too little memory to compile the model", found=error,
+                              fix="free some of it; or build with autotune=False") from error
+    except Exception as error:
+        message = str(error).strip().partition("\n")[0]
+        raise UnsupportedGraphError("AOTInductor does not compile the graph", fix="see the compiler's messages above",
+                                    found=f"{type(error).__name__}: {message}") from error
+
+
+def _prove(package: Path, device: torch.device, flat: GraphModule, examples: list[torch.Tensor]) -> None:
+    """Runs a package once."""
+    run = open_package(package, device)
+    try:
+        outputs = run(examples)
+        if device.type == "cuda":
+            # What fails on a GPU is said when it is waited for.
+            torch.cuda.synchronize(device)
+    except Exception as error:
+        raise UnsupportedGraphError("the compiled package does not run", found=error, where=package.name) from error
+    made = [(tuple(output.shape), output.dtype) for output in outputs]
+    promised = [(_sizes(node), node.meta["val"].dtype) for node in _outputs(flat)]
+    if made != promised:
+        raise UnsupportedGraphError("the compiled package gives something else than the graph", expected=promised,
+                                    found=made, where=package.name)
+
+
+def _check_calls(files: Sequence[Any]) -> None:
+    """Refuses a package that calls an op which C++ does not have, such as one that Python registers."""
+    for path in map(Path, map(str, files)):
+        if path.suffix != ".json":
+            continue
+        for entry in json.loads(path.read_text(encoding="utf-8")).get("nodes", ()):
+            target = entry["node"]["target"]
+            if target.removeprefix("torch.ops.").replace(".", "::").partition("::")[0] not in _IN_LIBTORCH:
+                raise UnsupportedGraphError("the compiled package would call an op that torch's C++ library lacks",
+                                            expected=f"ops of {', '.join(_IN_LIBTORCH)}", found=target,
+                                            fix="give the op a decomposition, or replace it in the model")
+
+
+def _release() -> VersionRange:
+    """This release of torch, with its patches."""
+    major, minor = torch.__version__.split(".")[:2]
+    return VersionRange(minimum=f"{major}.{minor}", below=f"{major}.{int(minor) + 1}")
