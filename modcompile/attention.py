@@ -75,8 +75,10 @@ def ancestors(nodes: Iterable[torch.fx.Node]) -> set[torch.fx.Node]:
 def self_attention(graph: torch.fx.Graph) -> SelfAttention | Skip:
     """The one attention of a block's sub-graph whose keys come from its hidden state, or why there is none."""
     hidden = graph.find_nodes(op="placeholder")[0]
+    rows = (shape_exprs(hidden) or ())[1]
     found: list[SelfAttention] = []
     reasons: list[Skip] = []
+    unknown: list[Skip] = []
     for node in graph.nodes:
         if node.target is SDPA:
             operands = attention_arguments(node)
@@ -88,12 +90,15 @@ def self_attention(graph: torch.fx.Graph) -> SelfAttention | Skip:
             continue
         if isinstance(one, Skip):
             reasons.append(one)
+            # Over experts, say, a softmax is no one's business; over rows, they see each other in it.
+            if (shape_exprs(node) or ())[node.args[1]] == rows:
+                unknown.append(one)
         elif hidden in ancestors([one.key]):
             found.append(one)
-    if len(found) == 1:
-        return found[0]
-    if found:
+    if len(found) > 1:
         return Skip(f"{len(found)} self-attentions", found[1].last.name)
+    if found:
+        return unknown[0] if unknown else found[0]
     return reasons[0] if reasons else Skip("no attention: neither scaled_dot_product_attention nor a softmax")
 
 
@@ -107,19 +112,35 @@ def _written_out(softmax: torch.fx.Node, hidden: torch.fx.Node) -> SelfAttention
     if last.target not in PRODUCTS or softmax not in ancestors([last.args[0]]):
         return Skip(f"{softmax.name} is not followed by one product with values", softmax.name)
     weights, value = last.args
-    above = ancestors([weights])
-    products = [node for node in above if node.target in PRODUCTS
-                and all(hidden in ancestors([operand]) for operand in node.args)]
+    products = _nearest_products(weights, hidden)
     if len(products) != 1:
         names = ", ".join(sorted(node.name for node in products)) or "no product"
         return Skip(f"the scores of {softmax.name} come from {names}; attention has one product of queries and keys",
                     softmax.name)
     first = products[0]
     query, key = first.args
-    scores = {node for node in above if node is not first and size_value(node) is None and first in ancestors([node])}
+    above = ancestors([weights])
+    # In the graph's order, so that the same reason is given every time.
+    scores = [node for node in softmax.graph.nodes if node in above and node is not first
+              and size_value(node) is None and first in ancestors([node])]
     exprs = shape_exprs(hidden) or ()
     for node in (first, *scores):
         if node.target is operator.getitem or (shape_exprs(node) or ())[-2:] != (exprs[1], exprs[1]):
             return Skip(f"{node.name} stands between the product and the softmax {softmax.name}, but does not give "
                         "scores of queries and keys", node.name)
     return SelfAttention(query, key, value, first, last, frozenset(scores))
+
+
+def _nearest_products(weights: torch.fx.Node, hidden: torch.fx.Node) -> list[torch.fx.Node]:
+    """The products of two values of the rows that weights come from, without those that these come from in turn."""
+    products, seen, pending = [], set(), [weights]
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.target in PRODUCTS and all(hidden in ancestors([operand]) for operand in node.args):
+            products.append(node)
+        else:
+            pending.extend(node.all_input_nodes)
+    return products

@@ -109,8 +109,8 @@ class ShapePropagation(torch.fx.Interpreter):
 
     def call_function(self, target, args, kwargs):
         """ATen and modcompile ops run on fake tensors."""
-        # Without Python's dispatcher, some composite ops of torch 2.11 and 2.12 take no symbolic sizes.
-        with self.mode:
+        # Without Python's dispatcher, some composite ops of torch 2.11 take no symbolic sizes: linear without a bias.
+        with self.mode, enable_python_dispatcher():
             return target(*args, **kwargs)
 
 

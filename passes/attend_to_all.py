@@ -231,7 +231,8 @@ class _Split:
             # At the top, so that every user comes after it.
             first = next(node for node in self.graph.nodes if node.op != "placeholder")
             with self.graph.inserting_before(first):
-                symbols = {symbol: self._symbol(symbol) for symbol in sorted(expr.free_symbols, key=str)}
+                dims = dict.fromkeys(dim for node in self.inputs for dim in shape_exprs(node) or ())
+                symbols = {dim: self._symbol(dim) for dim in dims if dim in expr.free_symbols}
                 self.sizes[expr] = symbols[expr] if expr in symbols else emit_size(self.graph, expr, symbols)
         return self.sizes[expr]
 

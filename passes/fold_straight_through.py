@@ -13,6 +13,7 @@ import torch
 import torch.fx
 
 from modcompile.pass_manager import Pass, PassResult
+from modcompile.shapes import shape_exprs
 
 __all__ = ["FoldStraightThrough"]
 
@@ -26,18 +27,22 @@ class FoldStraightThrough(Pass):
     name: ClassVar[str] = "fold-straight-through"
 
     def call(self, graph_module: torch.fx.GraphModule) -> PassResult:
-        """Matches the where, then its operands."""
+        """Matches the where, then its operands; nothing may broadcast or be scaled on the way."""
         gates = [node for node in graph_module.graph.find_nodes(op="call_function", target=aten.where.ScalarOther)
                  if self._is_straight_through(node)]
         for node in gates:
-            node.target, node.args = aten.to.dtype, (node.args[0], torch.float32)
+            node.target, node.args = aten.to.dtype, (node.args[0], node.meta["val"].dtype)
         return PassResult(graph_module, bool(gates))
 
     @staticmethod
     def _is_straight_through(node: torch.fx.Node) -> bool:
-        _, one, otherwise = node.args
-        if otherwise != 0.0 or one.target is not aten.add.Tensor or one.args[1] != 1:
+        filled, one, otherwise = node.args
+        if otherwise != 0.0 or shape_exprs(filled) != shape_exprs(node):
+            return False
+        if one.target is not aten.add.Tensor or one.args[1] != 1 or one.kwargs:
             return False
         zero = one.args[0]
-        return (zero.target is aten.sub.Tensor and zero.args[1].target is aten.detach.default
-                and zero.args[1].args[0] is zero.args[0])
+        if zero.target is not aten.sub.Tensor or zero.kwargs:
+            return False
+        share, other = zero.args
+        return isinstance(other, torch.fx.Node) and other.target is aten.detach.default and other.args[0] is share

@@ -7,7 +7,7 @@
 Why: runtimes have a fused kernel for one node, and the export chooses the form that each of them takes.
 
 1. Scores may be scaled by numbers, before the mask.
-2. One mask: added, or filled with -1e4 or less where true, or filled by a where.
+2. One mask: added, or filled with -1e4 or less (once scaled) where true, or filled by a where.
 3. Casts and dropout between the softmax and the second product are passed over.
 """
 
@@ -18,6 +18,7 @@ import torch
 import torch.fx
 
 from modcompile.pass_manager import Pass, PassResult, Skip
+from modcompile.shapes import shape_exprs
 
 __all__ = ["FuseAttention"]
 
@@ -52,32 +53,31 @@ def _fuse(graph: torch.fx.Graph, softmax: torch.fx.Node) -> str | None:
         return "the softmax is not over the last dim"
     product = softmax
     while len(product.users) == 1 and (product is softmax or product.target in CASTS):
-        product = next(iter(product.users))
-    if product.target not in PRODUCTS or rank != 4:
+        weights, product = product, next(iter(product.users))
+        if product.args[0] is not weights:
+            break
+    if product.target not in PRODUCTS or product.args[0] is not weights or rank != 4:
         return "the softmax does not feed a product of rank 4"
     score, scale, mask = softmax.args[0], 1.0, None
     while score.target not in PRODUCTS:
-        other = score.args[1] if len(score.args) > 1 else None
+        found = _mask(score, scale)
         if score.target in CASTS:
             score = score.args[0]
-        elif score.target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(other, int | float):
-            scale = scale * other if score.target is aten.mul.Tensor else scale / other
+        elif score.target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(score.args[1], int | float):
+            scale = scale * score.args[1] if score.target is aten.mul.Tensor else scale / score.args[1]
             score = score.args[0]
+        elif found is None:
+            return f"the scores pass through {score.target}"
         elif mask is not None:
             return "the scores have more than one mask"
-        elif score.target is aten.add.Tensor and isinstance(other, torch.fx.Node) and scale != 1.0:
+        elif found[0] == "add" and scale != 1.0:
             return "the mask is added before the scores are scaled"
-        elif score.target is aten.add.Tensor and isinstance(other, torch.fx.Node):
-            own, bias = score.args if "matmul" in str(score.args[0].target) or _from_product(score.args[0]) else \
-                reversed(score.args)
-            mask, score = ("add", bias), own
-        elif score.target is aten.masked_fill.Scalar and score.args[2] <= LOW:
-            mask, score = ("drop", other), score.args[0]
-        elif score.target in (aten.where.ScalarOther,) and score.args[2] <= LOW:
-            mask, score = ("keep", score.args[0]), score.args[1]
         else:
-            return f"the scores pass through {score.target}"
-    query, keys_t = score.args
+            mask, score = found[:2], found[2]
+    (query, keys_t), values = score.args, product.args[1]
+    reason = _unfit(softmax, score, mask, query, keys_t, values)
+    if reason:
+        return reason
     with graph.inserting_before(product):
         if keys_t.target is aten.transpose.int and {d % rank for d in keys_t.args[1:]} == {rank - 2, rank - 1}:
             keys = keys_t.args[0]
@@ -87,10 +87,23 @@ def _fuse(graph: torch.fx.Graph, softmax: torch.fx.Node) -> str | None:
         if kind == "drop":
             bias = graph.call_function(aten.logical_not.default, (bias,))
         fused = graph.call_function(aten.scaled_dot_product_attention.default,
-                                    (query, keys, product.args[1], bias, 0.0, False), {"scale": scale})
+                                    (query, keys, values, bias, 0.0, False), {"scale": scale})
     fused.meta = dict(product.meta)
     product.replace_all_uses_with(fused)
     graph.erase_node(product)
+    return None
+
+
+def _mask(node: torch.fx.Node, scale: float) -> tuple[str, torch.fx.Node, torch.fx.Node] | None:
+    """Case 2: how a node masks scores that are scaled afterwards, by what, and the scores; None if it does not."""
+    match node.target, node.args:
+        case aten.add.Tensor, (first, torch.fx.Node() as second) if not node.kwargs:
+            swapped = _from_product(second) and not _from_product(first)
+            return ("add", first, second) if swapped else ("add", second, first)
+        case aten.masked_fill.Scalar, (scores, mask, fill) if fill * scale <= LOW:
+            return "drop", mask, scores
+        case aten.where.ScalarOther, (mask, scores, fill) if fill * scale <= LOW:
+            return "keep", mask, scores
     return None
 
 
@@ -99,3 +112,17 @@ def _from_product(node: torch.fx.Node) -> bool:
     while node.target in (aten.mul.Tensor, aten.div.Tensor, *CASTS):
         node = node.args[0]
     return node.target in PRODUCTS
+
+
+def _unfit(softmax: torch.fx.Node, score: torch.fx.Node, mask: tuple | None, query: torch.fx.Node,
+           keys_t: torch.fx.Node, values: torch.fx.Node) -> str | None:
+    """Why the operands have no place in the one node: it broadcasts masks, and heads of keys and values, no more."""
+    if mask is not None and mask[1].meta["val"].dim() < 2:
+        return "the mask has no dim of queries"
+    queries, keys, heads = (shape_exprs(node) or () for node in (query, keys_t, values))
+    if shape_exprs(score) != shape_exprs(softmax):
+        return "the mask has more batches or heads than the scores"
+    if {len(queries), len(keys), len(heads)} != {4} or queries[:2] != (shape_exprs(score) or ())[:2] or (
+            keys[:2] != heads[:2] or keys[0] != queries[0]):
+        return "queries, keys and values are not [B, H, R, d] each"
+    return None

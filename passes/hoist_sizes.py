@@ -13,13 +13,14 @@ give each block its own: K rows, not S.
 import dataclasses
 from typing import ClassVar
 
+import sympy
 import torch
 import torch.fx
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from modcompile.pass_manager import Pass, PassResult
-from modcompile.shapes import size_value
+from modcompile.shapes import shape_exprs, size_value
 
 __all__ = ["HoistSizes", "emit_size"]
 
@@ -30,13 +31,15 @@ def emit_size(graph: torch.fx.Graph, expr, symbols: dict) -> torch.fx.Node | int
     Args:
         graph: Where the nodes go.
         expr: A sympy expression over the keys of ``symbols``.
-        symbols: The node that holds each symbol's value.
+        symbols: The node that holds each symbol's value, in an order that is the graph's: it decides that of terms.
     """
     if expr.is_number:
         return int(expr)
     tracer = torch.fx.proxy.GraphAppendingTracer(graph)
-    proxies = {symbol: torch.fx.Proxy(node, tracer) for symbol, node in symbols.items()}
-    return sympy_interp(PythonReferenceAnalysis, proxies, expr).node
+    # A symbol's own number differs from process to process, and terms are sorted by it.
+    names = {symbol: sympy.Symbol(f"s{i:03}", integer=True, positive=True) for i, symbol in enumerate(symbols)}
+    proxies = {names[symbol]: torch.fx.Proxy(node, tracer) for symbol, node in symbols.items()}
+    return sympy_interp(PythonReferenceAnalysis, proxies, expr.xreplace(names)).node
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +51,12 @@ class HoistSizes(Pass):
     def call(self, graph_module: torch.fx.GraphModule) -> PassResult:
         """One node per distinct size, right after the inputs."""
         graph = graph_module.graph
-        sizes = [node for node in graph.nodes if size_value(node) is not None]
-        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-        if not sizes or all(node.meta.get("hoisted") for node in sizes):
+        placeholders = graph.find_nodes(op="placeholder")
+        dims = {expr for node in placeholders for expr in shape_exprs(node) or () if expr.is_Symbol}
+        # What depends on the inputs' values, such as the number of nonzeros, is known where it arises and no earlier.
+        sizes = {node: expr for node in graph.nodes if (expr := size_value(node)) is not None
+                 and expr.free_symbols <= dims}
+        if all(node.meta.get("hoisted") for node in sizes):
             return PassResult(graph_module, False)
         first = next(node for node in graph.nodes if node.op != "placeholder")
         with graph.inserting_before(first):
@@ -60,12 +66,10 @@ class HoistSizes(Pass):
                     if isinstance(size, torch.SymInt) and size.node.expr not in symbols:
                         symbols[size.node.expr] = self._place(graph, node, dim, size)
             known: dict = dict(symbols)
-            for node in sizes:
-                expr = size_value(node)
-                if expr is not None and expr.free_symbols <= set(symbols):
-                    if expr not in known:
-                        known[expr] = emit_size(graph, expr, symbols)
-                    node.replace_all_uses_with(known[expr])
+            for node, expr in sizes.items():
+                if expr not in known:
+                    known[expr] = emit_size(graph, expr, symbols)
+                node.replace_all_uses_with(known[expr])
         # What is now at the top stays there: a second run finds nothing to do.
         for node in graph.nodes:
             if node is first:

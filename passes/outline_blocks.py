@@ -90,7 +90,7 @@ def _outline(graph_module: torch.fx.GraphModule, view: BlockView, known: dict) -
     _install(graph_module, view.path, body.graph)
     try:
         propagate_alike(graph_module.get_submodule(view.path), *body.input_specs(), known)
-    except RuntimeError as error:
+    except Exception as error:
         raise UnsupportedGraphError(f"block {view.path} does not compute another number of rows",
                                     expected=f"a block in which S = {view.rows} is the size of the sequence only",
                                     found=str(error).splitlines()[0], where=view.path,

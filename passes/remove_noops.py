@@ -13,9 +13,12 @@ same value, so the block would seem to have two hidden inputs.
 2. A cast to the dtype that the value has goes.
 3. A slice, expand or reshape that gives its input's shape goes; so do alias and contiguous.
 4. A view becomes a reshape: strides are the source's, and gathered rows have others.
+
+A copy of memory that is still written to in place stays: without it, the write would reach what was copied.
 """
 
 import dataclasses
+import operator
 from typing import ClassVar
 
 import torch
@@ -43,6 +46,7 @@ class RemoveNoops(Pass):
     def call(self, graph_module: torch.fx.GraphModule) -> PassResult:
         """Removes the nodes of cases 1 to 3, and reshapes those of case 4."""
         modified = False
+        written = {_origin(node.args[0]) for node in graph_module.graph.nodes if _writes(node)}
         for node in list(graph_module.graph.nodes):
             if node.target is aten.view.default:
                 node.target = aten.reshape.default
@@ -50,7 +54,7 @@ class RemoveNoops(Pass):
             if node.target in ASSERTIONS:
                 graph_module.graph.erase_node(node)
                 modified = True
-            elif self._is_identity(node):
+            elif self._is_identity(node) and not (written and _origin(node) in written):
                 node.replace_all_uses_with(node.args[0])
                 graph_module.graph.erase_node(node)
                 modified = True
@@ -70,3 +74,21 @@ class RemoveNoops(Pass):
             # A slice with a step of its own never keeps the shape, except over one row.
             return same and (len(node.args) < 5 or node.args[4] == 1)
         return node.target in COPIES or (same and node.target in RESHAPES)
+
+
+def _writes(node: torch.fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _origin(node: torch.fx.Node) -> torch.fx.Node:
+    """The value whose memory a node would show, were no copy made on the way: an input, or what made new memory."""
+    while node.op == "call_function" and node.args and isinstance(node.args[0], torch.fx.Node) and _shows(node.target):
+        node = node.args[0]
+    return node
+
+
+def _shows(target: object) -> bool:
+    """Whether an op gives its first argument, or a view of it, if nothing makes it copy."""
+    returns = target._schema.returns if isinstance(target, torch._ops.OpOverload) else ()
+    return (target in (*CASTS, *COPIES, aten.dropout.default, operator.getitem)
+            or any(result.alias_info is not None for result in returns))

@@ -34,7 +34,7 @@ from modcompile.pass_manager import Pass, PassResult
 from modcompile.routers import router_path
 from modcompile.shapes import shape_exprs, size_value
 
-__all__ = ["RouteBlocks", "emit_capacity", "gather_side", "side_dims"]
+__all__ = ["RouteBlocks", "emit_capacity", "gather_side", "require_outlined", "side_dims", "takes_positions"]
 
 aten, mod = torch.ops.aten, torch.ops.modcompile
 POSITIONS = "positions"
@@ -62,11 +62,7 @@ class RouteBlocks(Pass):
 
     def requires(self, graph_module: torch.fx.GraphModule) -> None:
         """Each block is a sub-graph that is called once."""
-        called = [node.target for node in graph_module.graph.nodes if node.op == "call_module"]
-        wrong = [path for path in self.blocks if called.count(path) != 1]
-        if wrong:
-            raise PassContractError("blocks to route are not outlined", expected="one call of a sub-graph per block",
-                                    found=", ".join(wrong), where=self.name, fix="run outline-blocks first")
+        require_outlined(graph_module, self.blocks, self.name)
 
     def call(self, graph_module: torch.fx.GraphModule) -> PassResult:
         """Rewrites each call; a block whose router is called already is left alone."""
@@ -79,12 +75,11 @@ class RouteBlocks(Pass):
         return PassResult(graph_module, bool(pending))
 
     def ensures(self, graph_module: torch.fx.GraphModule) -> None:
-        """Each block's output is merged, and no scatter adds."""
-        targets = [node.target for node in graph_module.graph.nodes]
-        if targets.count(mod.merge_rows.default) < len(self.blocks) or aten.scatter_add.default in targets:
+        """Each block's output is merged."""
+        merges = len(graph_module.graph.find_nodes(op="call_function", target=mod.merge_rows.default))
+        if merges < len(self.blocks):
             raise PassContractError("a routed block is not merged", expected="one merge_rows per block",
-                                    where=self.name,
-                                    found=f"{targets.count(mod.merge_rows.default)} for {len(self.blocks)} blocks")
+                                    where=self.name, found=f"{merges} for {len(self.blocks)} blocks")
 
     def _route(self, graph: torch.fx.Graph, call: torch.fx.Node, body: torch.fx.GraphModule, ratio: Fraction) -> None:
         users = list(call.users)
@@ -165,6 +160,15 @@ class RouteBlocks(Pass):
             # 1 in the forward, exactly; the gradient is that of sigmoid(r).
             gate = call(aten.add.Tensor, call(aten.sub.Tensor, gate, call(aten.detach.default, gate)), 1)
         return call(aten.where.ScalarOther, filled, gate, 0.0)
+
+
+def require_outlined(graph_module: torch.fx.GraphModule, blocks: tuple[str, ...], stage: str) -> None:
+    """Raises PassContractError unless each block that a pass names is a sub-graph that is called once."""
+    called = [node.target for node in graph_module.graph.nodes if node.op == "call_module"]
+    wrong = [path for path in blocks if called.count(path) != 1]
+    if wrong:
+        raise PassContractError("blocks are not outlined", expected="one call of a sub-graph per block",
+                                found=", ".join(wrong), where=stage, fix="run outline-blocks first")
 
 
 def takes_positions(body: torch.fx.GraphModule) -> bool:

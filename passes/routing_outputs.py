@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch.fx
 
+from modcompile.errors import PassContractError
 from modcompile.pass_manager import Pass, PassResult
 
 __all__ = ["ROLES", "RoutingOutputs"]
@@ -33,12 +34,23 @@ class RoutingOutputs(Pass):
     keep: bool = True
     roles: tuple[str, ...] = ()
 
+    def requires(self, graph_module: torch.fx.GraphModule) -> None:
+        """Each role is a node's."""
+        known = _by_role(graph_module)
+        missing = [role for role in self.roles if self.keep and role not in known]
+        if missing:
+            raise PassContractError("there is no routing to return", expected=f"roles among {', '.join(known)}",
+                                    found=", ".join(missing), where=self.name, fix="run route-blocks first")
+
     def call(self, graph_module: torch.fx.GraphModule) -> PassResult:
         """Rewrites the output node."""
-        output = graph_module.graph.output_node()
-        by_role = {":".join(node.meta["role"]): node for node in graph_module.graph.nodes if "role" in node.meta}
-        wanted = (*output.args[0][:self.outputs], *(by_role[role] for role in self.roles if self.keep))
+        output, known = graph_module.graph.output_node(), _by_role(graph_module)
+        wanted = (*output.args[0][:self.outputs], *(known[role] for role in self.roles if self.keep))
         modified = wanted != tuple(output.args[0])
         if modified:
             output.args = (wanted,)
         return PassResult(graph_module, modified)
+
+
+def _by_role(graph_module: torch.fx.GraphModule) -> dict[str, torch.fx.Node]:
+    return {":".join(node.meta["role"]): node for node in graph_module.graph.nodes if "role" in node.meta}

@@ -4,8 +4,11 @@
     after:   %p: [N, R, T] = aten.bmm(%q, %k)
              %s: [N, R, T] = aten.add(aten.mul(%p, 0.125), %bias)
 
-Why: attention with a bias is written like this, and then shows neither its product nor its bias to other passes. Nor can
-the shape of the one node be computed at sizes that vary, where the bias broadcasts (PyTorch 2.13).
+Why: attention with a bias is written like this, and then shows neither its product nor its bias to other passes. Nor
+can the shape of the one node be computed at sizes that vary, where the bias broadcasts (PyTorch 2.13).
+
+1. A factor of 1 makes no node.
+2. With beta=0 there is no sum: the bias, often memory that was never written, counts for nothing, NaN included.
 """
 
 import dataclasses
@@ -28,20 +31,23 @@ class SplitBaddbmm(Pass):
     name: ClassVar[str] = "split-baddbmm"
 
     def call(self, graph_module: torch.fx.GraphModule) -> PassResult:
-        """A factor of 1 makes no node."""
-        nodes = graph_module.graph.find_nodes(op="call_function", target=aten.baddbmm.default)
+        """Builds the product, then what is added to it."""
+        graph = graph_module.graph
+        nodes = graph.find_nodes(op="call_function", target=aten.baddbmm.default)
         for node in nodes:
             bias, *factors = node.args
-            with graph_module.graph.inserting_before(node):
-                product = self._made(graph_module.graph, node, aten.bmm.default, *factors)
-                scaled = self._scaled(graph_module.graph, node, product, node.kwargs.get("alpha", 1))
-                bias = self._scaled(graph_module.graph, node, bias, node.kwargs.get("beta", 1))
-                total = self._made(graph_module.graph, node, aten.add.Tensor, scaled, bias)
-            node.replace_all_uses_with(total)
-            graph_module.graph.erase_node(node)
+            alpha, beta = (node.kwargs.get(name, 1) for name in ("alpha", "beta"))
+            with graph.inserting_before(node):
+                result = self._scaled(graph, node, self._made(graph, node, aten.bmm.default, *factors), alpha)
+                # Case 2.
+                if beta != 0:
+                    result = self._made(graph, node, aten.add.Tensor, result, self._scaled(graph, node, bias, beta))
+            node.replace_all_uses_with(result)
+            graph.erase_node(node)
         return PassResult(graph_module, bool(nodes))
 
     def _scaled(self, graph: torch.fx.Graph, node: torch.fx.Node, value: torch.fx.Node, factor: float) -> torch.fx.Node:
+        # Case 1.
         if factor == 1:
             return value
         made = self._made(graph, node, aten.mul.Tensor, value, factor)

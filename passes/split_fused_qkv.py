@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.fx
+from modcompile.passes.route_blocks import require_outlined
 
 from modcompile.attention import VIEWS, SelfAttention, ancestors, self_attention
 from modcompile.pass_manager import Pass, PassResult, Skip
@@ -42,6 +43,10 @@ class SplitFusedQkv(Pass):
     name: ClassVar[str] = "split-fused-qkv"
     blocks: tuple[str, ...] = ()
 
+    def requires(self, graph_module: torch.fx.GraphModule) -> None:
+        """Each block is a sub-graph that is called once."""
+        require_outlined(graph_module, self.blocks, self.name)
+
     def call(self, graph_module: torch.fx.GraphModule) -> PassResult:
         """Finds the projection from which both the query and the key or value come."""
         skips, modified = [], False
@@ -67,10 +72,13 @@ def _split(graph: torch.fx.Graph, fused: torch.fx.Node, others: set, attention: 
     batch, rows = (shape_exprs(hidden) or ())[:2]
     numbers = _feature_numbers(graph, fused, batch, rows)
     query = ancestors([attention.query])
-    parts = [node for node in numbers if isinstance(numbers[node], torch.Tensor)
-             and (node in query) != (node in others)
-             and not any(arg in numbers and isinstance(numbers[arg], torch.Tensor) and (arg in query) != (arg in others)
-                         for arg in node.all_input_nodes)]
+
+    def narrower(node: torch.fx.Node) -> bool:
+        """Whether a value is some of the features, on their way to the queries alone or to the others alone."""
+        return (isinstance(numbers.get(node), torch.Tensor) and numbers[node].numel() < numbers[fused].numel()
+                and (node in query) != (node in others))
+
+    parts = [node for node in numbers if narrower(node) and not any(map(narrower, node.all_input_nodes))]
     plans = [(_weight_slices(numbers[node]), node) for node in parts]
     for node in parts:
         exprs = shape_exprs(node) or ()

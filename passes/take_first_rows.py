@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import torch
 import torch.fx
 from modcompile.passes.round_capacity import emit_rounded
-from modcompile.passes.route_blocks import emit_capacity, side_dims, takes_positions
+from modcompile.passes.route_blocks import emit_capacity, require_outlined, side_dims, takes_positions
 
 from modcompile.pass_manager import Pass, PassResult
 
@@ -39,6 +39,10 @@ class TakeFirstRows(Pass):
     ratios: tuple[str, ...] = ()
     axis: Literal["token", "sequence"] = "token"
     multiple: int = 1
+
+    def requires(self, graph_module: torch.fx.GraphModule) -> None:
+        """Each block is a sub-graph that is called once."""
+        require_outlined(graph_module, self.blocks, self.name)
 
     def call(self, graph_module: torch.fx.GraphModule) -> PassResult:
         """Rewrites each call whose input is not sliced yet."""

@@ -3,9 +3,10 @@
 Nothing here takes transformers. Sizes are odd on purpose: D 8, H 2, 5 rows to capture with and 63 to run.
 """
 
-__all__ = ["Attention", "Block", "Mlp", "Stack", "check_golden", "graph_of", "nodes_of", "outlined",
-           "randomise_routers", "run_again", "run_graph", "sub_graph_of"]
+__all__ = ["Attention", "Block", "Mlp", "Stack", "assert_same", "check_golden", "check_rewrite", "graph_of", "nodes_of",
+           "outlined", "randn", "randomise_routers", "rewritten", "run_again", "run_graph", "sub_graph_of"]
 
+import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.fx
 from modcompile.passes.outline_blocks import OutlineBlocks
+from tolerances import EXACT, deviation
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -185,6 +187,39 @@ def run_again(stage: Pass, graph_module: torch.fx.GraphModule) -> PassResult:
     return result
 
 
+def rewritten(stage: Pass, make: Callable[[], torch.fx.GraphModule]
+              ) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule, list[str]]:
+    """Runs a pass on a graph, under the manager, and then again.
+
+    Args:
+        stage: The pass; it may not change recorded shapes in place, which the graph before shares.
+        make: Builds the graph.
+
+    Returns:
+        The graph before and after, and the reasons for what the pass left alone.
+    """
+    after = make()
+    before = copy.deepcopy(after)
+    manager = PassManager([stage])
+    manager(after)
+    run_again(stage, after)
+    return before, after, [skip.reason for skip in manager.skips[stage.name]]
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    """The same random numbers every time."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same(before: torch.fx.GraphModule, after: torch.fx.GraphModule, *inputs: Tensor,
+                tolerance: float = EXACT) -> None:
+    """Two graphs give the same numbers, by `deviation`."""
+    expected = run_graph(before, *(value.clone() for value in inputs))
+    for actual, value in zip(run_graph(after, *inputs), expected, strict=True):
+        assert actual.dtype == value.dtype
+        assert deviation(actual, value) <= tolerance
+
+
 def run_graph(graph_module: torch.fx.GraphModule, *inputs: Tensor) -> tuple[Tensor, ...]:
     """Runs a graph without recording gradients."""
     with torch.no_grad():
@@ -198,3 +233,8 @@ def check_golden(name: str, text: str) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")
     assert text == path.read_text(encoding="utf-8")
+
+
+def check_rewrite(name: str, before: torch.fx.GraphModule, after: torch.fx.GraphModule) -> None:
+    """Compares the texts of the graph before and after a pass with the file of that name."""
+    check_golden(name, f"before\n{format_graph(before)}\nafter\n{format_graph(after)}")

@@ -72,21 +72,24 @@ class LowerAttention(Pass):
         if causal and (self.causal_masks or query.meta["val"].dim() != 4):
             rows, columns = (dim_expr(operand.meta["val"].shape[-2]) for operand in (query, key))
             mask = once((rows, columns), functools.partial(_causal, graph, query, key))
-            mask_is_bool, lacks_rows = True, False
+            given, lacks_rows = torch.bool, False
             causal = False
         elif mask is None:
             return
         else:
-            mask_is_bool = mask.meta["val"].dtype == torch.bool
+            given = mask.meta["val"].dtype
             lacks_rows = mask.meta["val"].dim() > 1 and mask.meta["val"].shape[-2] == 1
+        # What this pass made is finite: a second run leaves it as it is.
+        finite = "finite" in mask.meta
         if self.expand_rows and lacks_rows and query.meta["val"].shape[-2] != 1:
             rows = dim_expr(query.meta["val"].shape[-2])
             mask = once((mask, "rows", rows), functools.partial(_expand_rows, graph, mask, query))
-        if mask_is_bool:
+        if given == torch.bool:
             mask = once((mask, "add", dtype), functools.partial(_additive, graph, mask, dtype))
-        elif mask.meta["val"].dtype == torch.float32:
+        elif given == torch.float32 and not finite:
             mask = once((mask, "clamp"), functools.partial(graph.call_function, aten.clamp.default,
                                                            (mask, torch.finfo(torch.float32).min / 2)))
+        mask.meta["finite"] = True
         # Dropout is training's; what is left besides are keywords alone.
         node.args = (query, key, value, mask, 0.0, causal)
         node.kwargs = {name: value for name, value in node.kwargs.items() if name in ("scale", "enable_gqa")}

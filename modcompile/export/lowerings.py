@@ -123,10 +123,10 @@ def _gelu_written_out(x: Any, approximate: str = "none") -> Any:
 
     if approximate == "none":
         inner = op.Erf(op.Div(x, constant(2**0.5)))
-    else:
-        cubic = op.Mul(op.Mul(x, x), x)
-        inner = op.Tanh(op.Mul(op.Add(x, op.Mul(cubic, constant(0.044715))), constant((2 / torch.pi) ** 0.5)))
-    return op.Mul(op.Mul(x, op.Add(inner, constant(1.0))), constant(0.5))
+        return op.Mul(op.Mul(x, op.Add(inner, constant(1.0))), constant(0.5))
+    cubic = op.Mul(op.Pow(x, op.Constant(value_float=3.0)), constant(0.044715))
+    inner = op.Tanh(op.Mul(op.Add(x, cubic), constant((2 / torch.pi) ** 0.5)))
+    return op.Mul(op.Mul(x, constant(0.5)), op.Add(inner, constant(1.0)))
 
 
 def _index(x: Any, indices: Sequence[Any]) -> Any:

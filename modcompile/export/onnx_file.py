@@ -18,18 +18,21 @@ from modcompile.capture import capture
 from modcompile.errors import UnsupportedGraphError, UsageError
 from modcompile.export.downgrade import to_opset_17
 from modcompile.export.flatten import bind_shapes, flatten
+from modcompile.export.fuse_gelu import FuseGelu
 from modcompile.export.fuse_rms_norm import FuseRmsNorm
 from modcompile.export.fuse_rotary import FuseRotary
 from modcompile.export.lift import lift
 from modcompile.export.lower_attention import LowerAttention
 from modcompile.export.lowerings import DOMAIN, ONNX_FUSED_OPSET
 from modcompile.export.translate import LOWEST_TRANSLATED_OPSET, translate
+from modcompile.export.unflatten_products import UnflattenProducts
 from modcompile.manifest import METADATA_KEY, ModelMetadata, PassRecord, Precision
 from modcompile.model import GraphModel
 from modcompile.pass_manager import Pass, PassManager
 from modcompile.passes.cast_precision import CastPrecision
 from modcompile.passes.fold_straight_through import FoldStraightThrough
 from modcompile.passes.fuse_attention import FuseAttention
+from modcompile.passes.simplify_masks import SimplifyMasks
 
 OPSETS = range(17, 24)
 # The dtype that the float32 graph is cast to.
@@ -96,9 +99,13 @@ def lowering_passes(opset: int, half: Literal["float16", "bfloat16"] | None = No
     return [
         # A constant gate must not look like arithmetic on logits to what follows.
         FoldStraightThrough(),
+        # A causal mask that is written out becomes the flag again: a kernel of its own, and no mask to read.
+        SimplifyMasks(),
         # Before the cast: what an operator does inside, it does in float32.
         FuseAttention(),
+        FuseGelu(),
         FuseRmsNorm(),
+        UnflattenProducts(),
         # Below, there is no operator to fuse to.
         *([FuseRotary()] if fused else []),
         *([CastPrecision(half)] if half else []),

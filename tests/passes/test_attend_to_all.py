@@ -1,0 +1,240 @@
+"""The chosen rows of a split block are, to the last bit but rounding, the rows that the whole block would give."""
+
+import pytest
+import torch
+from modcompile.passes.attend_to_all import AttendToAll
+from tiny import check_rewrite, nodes_of, randn, rewritten, run_graph, sub_graph_of
+from tolerances import TOLERANCES, deviation
+
+from modcompile.errors import PassContractError, UnsupportedGraphError
+from modcompile.pass_manager import PassManager
+
+# B batch  R rows  K capacity  H heads  D model dim  d head dim
+
+aten, mod = torch.ops.aten, torch.ops.modcompile
+SDPA = aten.scaled_dot_product_attention.default
+EAGER = TOLERANCES["eager"][torch.float32]
+HIDDEN = {"hidden": ("batch", "rows", 8)}
+WEIGHTS = {name: torch.nn.Parameter(randn(8, 8, seed=seed) * 8**-0.5) for seed, name in enumerate(
+    ["query", "key", "value", "out"], start=1)}
+SIZES = {"batch": 3, "rows": 63}
+
+
+def projected(call, hidden):
+    """Queries, keys and values [B, H, R, d]."""
+    batch, rows = (call(aten.sym_size.int, hidden, dim) for dim in (0, 1))
+    parts = [call(aten.linear.default, hidden, call.tensor(name)) for name in ("query", "key", "value")]
+    return [call(aten.transpose.int, call(aten.reshape.default, part, [batch, rows, 2, 4]), 1, 2) for part in parts]
+
+
+def finished(call, hidden, mixed):
+    """The heads' rows back in one, projected, beside the residual stream."""
+    batch, rows = (call(aten.sym_size.int, hidden, dim) for dim in (0, 1))
+    rows = call(aten.reshape.default, call(aten.transpose.int, mixed, 1, 2), [batch, rows, 8])
+    return call(aten.add.Tensor, hidden, call(aten.linear.default, rows, call.tensor("out")))
+
+
+def written(call, hidden, between):
+    query, key, value = projected(call, hidden)
+    scored = call(aten.matmul.default, query, call(aten.transpose.int, key, -2, -1))
+    weights = call(aten.softmax.int, between(call, scored), -1)
+    return finished(call, hidden, call(aten.matmul.default, weights, value))
+
+
+def split(build, inputs=HIDDEN, dtypes=None):
+    """The sub-graph before and after."""
+    before, after, _ = rewritten(AttendToAll(("block",)), lambda: sub_graph_of(inputs, build, WEIGHTS, dtypes))
+    return before.get_submodule("block"), after.get_submodule("block")
+
+
+def assert_chosen_rows(build, inputs=HIDDEN, dtypes=None):
+    """The split block gives rows of the whole block; returns what it calls."""
+    before, after = split(build, inputs, dtypes)
+    hidden, *sides = (randn(*(SIZES.get(size, size) for size in shape), seed=i)
+                      for i, shape in enumerate(inputs.values()))
+    sides = [side > 0 if name in (dtypes or {}) else side for name, side in zip([*inputs][1:], sides, strict=True)]
+    positions = torch.stack([torch.randperm(63, generator=torch.Generator().manual_seed(b))[:5].sort().values
+                             for b in range(3)])
+    expected = mod.gather_rows(run_graph(before, hidden, *sides), positions)
+    assert deviation(run_graph(after, hidden, positions, *sides), expected) <= EAGER
+    return nodes_of(after)
+
+
+def causal(call, hidden):
+    return finished(call, hidden, call(SDPA, *projected(call, hidden), None, 0.0, True))
+
+
+def test_golden():
+    before, after, _ = rewritten(AttendToAll(("block",)), lambda: sub_graph_of(HIDDEN, causal, WEIGHTS))
+    check_rewrite("attend_to_all", before, after)
+
+
+def test_case_1_keys_and_values_are_computed_on_all_rows():
+    _, after = split(causal)
+    rows = {node.args[1].name: node.meta["val"].shape[1]
+            for node in after.graph.find_nodes(op="call_function", target=aten.linear.default)}
+    hidden, positions = (node.meta["val"] for node in after.graph.find_nodes(op="placeholder"))
+    assert rows == {"query": positions.shape[1], "key": hidden.shape[1], "value": hidden.shape[1],
+                    "out": positions.shape[1]}
+
+
+def test_case_1_a_bias_of_the_rows_themselves():
+    """One that every query has for every key."""
+    def build(call, hidden):
+        scored = call(aten.select.int, hidden, 2, 0)
+        outer = call(aten.mul.Tensor, call(aten.unsqueeze.default, scored, 2), call(aten.unsqueeze.default, scored, 1))
+        bias = call(aten.unsqueeze.default, outer, 1)  # [B, 1, R, R]
+        return written(call, hidden, lambda call, scored: call(aten.add.Tensor, scored, bias))
+
+    assert_chosen_rows(build)
+
+
+def test_case_2_a_layout_with_the_sequence_first():
+    def build(call, hidden):
+        first = call(aten.relu.default, call(aten.transpose.int, hidden, 0, 1))  # [R, B, D]
+        return causal(call, call(aten.transpose.int, first, 0, 1))
+
+    assert_chosen_rows(build)
+
+
+def test_case_2_batch_and_rows_in_one_dim():
+    def build(call, hidden):
+        batch, rows = (call(aten.sym_size.int, hidden, dim) for dim in (0, 1))
+        flat = call(aten.relu.default, call(aten.reshape.default, hidden, [-1, 8]))  # [B * R, D]
+        return causal(call, call(aten.reshape.default, flat, [batch, rows, 8]))
+
+    assert_chosen_rows(build)
+
+
+@pytest.mark.parametrize(("lead", "gathers"), [("batch", "modcompile.gather_rows.default"), (1, "aten.index.Tensor")])
+def test_case_2_a_table_of_places_is_gathered_for_queries_alone(lead, gathers):
+    def build(call, hidden, table):
+        query, key, value = projected(call, hidden)
+        turned = [call(aten.mul.Tensor, part, table) for part in (query, key)]
+        return finished(call, hidden, call(SDPA, *turned, value, None, 0.0, True))
+
+    nodes = assert_chosen_rows(build, {**HIDDEN, "table": (lead, 1, "rows", 4)})
+    # Beside it, only the hidden state is.
+    assert nodes.count(gathers) == (2 if lead == "batch" else 1)
+
+
+@pytest.mark.parametrize("shape", [("batch", 1, "rows", "rows"), (1, 2, "rows", "rows"), ("batch", 1, 1, "rows")])
+def test_case_3_a_mask_of_a_fused_attention(shape):
+    def build(call, hidden, mask):
+        return finished(call, hidden, call(SDPA, *projected(call, hidden), mask))
+
+    assert_chosen_rows(build, {**HIDDEN, "mask": shape})
+
+
+def test_case_3_a_mask_of_bools_and_a_scale():
+    def build(call, hidden, mask):
+        return finished(call, hidden, call(SDPA, *projected(call, hidden), attn_mask=mask, scale=0.25))
+
+    assert_chosen_rows(build, {**HIDDEN, "mask": ("batch", 1, "rows", "rows")}, {"mask": "bool"})
+
+
+@pytest.mark.parametrize("shape", [("batch", 2, "rows", "rows"), (1, 1, "rows", "rows"), (1, 1, 1, "rows")])
+def test_case_3_masks_of_one_that_is_written_out(shape):
+    def build(call, hidden, bias, drop):
+        def between(call, scored):
+            capped = call(aten.mul.Tensor, call(aten.tanh.default, call(aten.div.Tensor, scored, 3)), 3)
+            return call(aten.masked_fill.Scalar, call(aten.add.Tensor, capped, bias), drop, -1e9)
+
+        return written(call, hidden, between)
+
+    assert_chosen_rows(build, {**HIDDEN, "bias": shape, "drop": (1, 1, "rows", "rows")}, {"drop": "bool"})
+
+
+@pytest.mark.parametrize("rows", [1, "rows"])
+def test_case_3_heads_folded_into_the_batch(rows):
+    def build(call, hidden, bias):
+        query, key, value = (call(aten.flatten.using_ints, part, 0, 1) for part in projected(call, hidden))
+        scored = call(aten.bmm.default, query, call(aten.transpose.int, key, 1, 2))
+        folded = call(aten.flatten.using_ints, bias, 0, 1)
+        weights = call(aten.softmax.int, call(aten.add.Tensor, scored, folded), -1)
+        mixed = call(aten.unflatten.int, call(aten.bmm.default, weights, value), 0, [-1, 2])
+        return finished(call, hidden, mixed)
+
+    assert_chosen_rows(build, {**HIDDEN, "bias": ("batch", 2, rows, "rows")})
+
+
+def test_case_4_the_last_size_of_scores_stays():
+    def build(call, hidden):
+        batch, rows = (call(aten.sym_size.int, hidden, dim) for dim in (0, 1))
+
+        def between(call, scored):
+            flat = call(aten.reshape.default, scored, [call(aten.sym_size.int, scored, 0), 2, rows, rows])
+            return call(aten.reshape.default, flat, [batch, 2, rows, rows])
+
+        return written(call, hidden, between)
+
+    assert_chosen_rows(build)
+
+
+def test_what_follows_works_on_chosen_rows():
+    """A gate of each row, a table of places, and a size."""
+    def build(call, hidden, table):
+        mixed = causal(call, hidden)
+        gate = call(aten.sigmoid.default, call(aten.mean.dim, hidden, [2], True))
+        batch, rows = (call(aten.sym_size.int, mixed, dim) for dim in (0, 1))
+        mixed = call(aten.reshape.default, call(aten.reshape.default, mixed, [-1, 8]), [batch, rows, 8])
+        return call(aten.add.Tensor, call(aten.mul.Tensor, mixed, gate), table)
+
+    assert_chosen_rows(build, {**HIDDEN, "table": (1, "rows", 8)})
+
+
+# Contracts
+
+
+def test_a_block_without_attention():
+    with pytest.raises(UnsupportedGraphError, match="block block cannot attend to all rows") as caught:
+        split(lambda call, hidden: call(aten.relu.default, hidden))
+    assert caught.value.details["found"] == "no attention: neither scaled_dot_product_attention nor a softmax"
+    assert caught.value.details["fix"] == 'use attend_to="chosen"' and caught.value.details["where"] == "block"
+
+
+def test_two_attentions_written_out_one_after_the_other():
+    def build(call, hidden):
+        return written(call, written(call, hidden, lambda call, scored: scored), lambda call, scored: scored)
+
+    with pytest.raises(UnsupportedGraphError, match="cannot attend to all rows") as caught:
+        split(build)
+    assert caught.value.details["found"] == "2 self-attentions"
+
+
+def test_a_bias_without_a_batch():
+    def build(call, hidden, bias):
+        own = call(aten.squeeze.dim, bias, 0)  # [H, R, R]
+        return written(call, hidden, lambda call, scored: call(aten.add.Tensor, scored, own))
+
+    with pytest.raises(UnsupportedGraphError, match="cannot attend to all rows") as caught:
+        split(build, {**HIDDEN, "bias": (1, 2, "rows", "rows")})
+    assert "a leading dim of the batch" in caught.value.details["expected"]
+    assert caught.value.details["where"] == "squeeze_dim"
+
+
+def test_a_value_of_pairs_of_rows():
+    def build(call, hidden):
+        pairs = call(aten.tanh.default, call(aten.bmm.default, hidden, call(aten.transpose.int, hidden, 1, 2)))
+        own = call(aten.unsqueeze.default, call(aten.diagonal.default, pairs, 0, 1, 2), 2)  # [B, R, 1]
+        return call(aten.mul.Tensor, causal(call, call(aten.bmm.default, pairs, hidden)), own)
+
+    with pytest.raises(UnsupportedGraphError, match="cannot attend to all rows") as caught:
+        split(build)
+    assert "one dim along the sequence" in caught.value.details["expected"]
+    assert caught.value.details["where"] == "tanh_default"
+
+
+def test_a_block_that_is_not_outlined():
+    with pytest.raises(PassContractError, match="blocks are not outlined"):
+        PassManager([AttendToAll(("other",))])(sub_graph_of(HIDDEN, causal, WEIGHTS))
+
+
+def test_a_block_that_gives_other_rows():
+    graph_module = sub_graph_of({**HIDDEN, "positions": ("batch", "capacity")},
+                                lambda call, hidden, positions: call(aten.relu.default, hidden),
+                                dtypes={"positions": "int64"})
+    with pytest.raises(PassContractError, match="a split block gives the wrong rows") as caught:
+        PassManager([AttendToAll(("block",))])(graph_module)
+    details = caught.value.details
+    assert details["where"] == "block" and details["expected"] != details["found"]
