@@ -84,7 +84,7 @@ def capture(model: nn.Module, example_inputs: dict | tuple | torch.Tensor, *, dy
 
     made = GraphModel(graph_module, interface, hints)
     # Without writes and tracing leftovers, and with sizes computed once, blocks have only the inputs they need.
-    manager = PassManager([Functionalize(), SplitBaddbmm(), RemoveNoops(), HoistSizes()])
+    manager = PassManager([SplitBaddbmm(), Functionalize(), RemoveNoops(), HoistSizes()])
     manager(graph_module)
     made.passes = manager.ran
     return made

@@ -20,6 +20,7 @@ models want it.
 """
 
 import dataclasses
+import re
 from typing import ClassVar
 
 import torch
@@ -35,6 +36,9 @@ from modcompile.shapes import fake_mode_of, new_symbol, shape_exprs, size_value
 __all__ = ["AttendToAll"]
 
 aten = torch.ops.aten
+# Ops that look along a dim: those that keep its size, and those that leave none of it.
+KEEPS_ROWS = re.compile(r"conv|cumsum|cumprod|cummax|cummin|roll|flip|fft_|\w*_pool\dd")
+REDUCES = re.compile(r"mean|sum|prod|amax|amin|max|min|var|std|norm|linalg_vector_norm|any|all|logsumexp|median")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +127,7 @@ class _Split:
         chosen = [node for node in self.graph.nodes if node.op == "call_function" and node not in self.keys
                   and size_value(node) is None and self.hidden in ancestors([node])]
         for node in chosen:
+            self._check_rows_apart(node)
             with self.graph.inserting_before(node):
                 if node is self.attention.first and self.attention.fused:
                     self._query_only(node)
@@ -131,6 +136,13 @@ class _Split:
                 else:
                     self._reroute(node)
             node.meta.pop("val", None)
+
+    def _check_rows_apart(self, node: torch.fx.Node) -> None:
+        """Outside of its attention a block may not mix rows: the chosen ones alone would be mixed."""
+        name = node.target.__name__ if isinstance(node.target, torch._ops.OpOverload) else ""
+        kept = any(self.rows in expr.free_symbols for expr in shape_exprs(node) or ())
+        if KEEPS_ROWS.match(name) or (REDUCES.match(name) and not kept):
+            raise self._unfit(node, "no operation but attention that sees several rows at once")
 
     def _reroute(self, node: torch.fx.Node) -> None:
         node.args, node.kwargs = torch.fx.node.map_arg((node.args, node.kwargs), self._version)

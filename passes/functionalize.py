@@ -52,6 +52,9 @@ class Functionalize(Pass):
         # Which values share memory is known once the graph has run on fake tensors that do.
         propagate(graph_module, [node.meta["val"] for node in graph.find_nodes(op="placeholder")])
         memory = {node: _memory(node.meta.get("val")) for node in graph.nodes}
+        for node in graph.find_nodes(op="call_function", target=aten.dropout.default):
+            # One that is off gives the tensor it was given, though on fake tensors it may be another.
+            memory[node] |= memory[node.args[0]]
         skips = []
         for node in writes:
             reason = _kept(node, memory, place)

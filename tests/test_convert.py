@@ -211,7 +211,7 @@ def test_the_pipeline_is_recorded(plain):
     _, graph = plain
     mod = convert(graph, None, MoDConfig(attend_to="all", capacity_ratio=0.25))
     assert [record["name"] for record in mod.passes] == [
-        "functionalize", "split-baddbmm", "remove-noops", "hoist-sizes", "outline-blocks", "split-fused-qkv",
+        "split-baddbmm", "functionalize", "remove-noops", "hoist-sizes", "outline-blocks", "split-fused-qkv",
         "attend-to-all", "route-blocks", "round-capacity"]
     assert mod.passes[-2]["options"] == {"blocks": ["layers.1"], "ratios": ["1/4"], "gate": "raw", "axis": "token",
                                          "padding_mask": None, "masked": False}

@@ -170,6 +170,8 @@ def gradients(loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("attend_to", [pytest.param("chosen", marks=pytest.mark.slow), "all"])
 def test_onnx_runtime_agrees(subject: Subject, attend_to: str, tmp_path: Path):
+    if attend_to == "chosen" and subject.member.name not in ALWAYS:
+        pytest.skip("its file differs from another family's in little; the form for all rows is exported")
     mod = subject.routed(attend_to=attend_to, **QUARTER)
     path = mc.export_onnx(mod, tmp_path / "routed.onnx")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

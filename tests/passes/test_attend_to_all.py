@@ -3,9 +3,23 @@
 import pytest
 import torch
 from modcompile.passes.attend_to_all import AttendToAll
-from tiny import check_rewrite, nodes_of, randn, rewritten, run_graph, sub_graph_of
+from tiny import (
+    WIDTH,
+    Attention,
+    Stack,
+    check_rewrite,
+    nodes_of,
+    randn,
+    rewritten,
+    run_graph,
+    sub_graph_of,
+)
 from tolerances import TOLERANCES, deviation
+from torch import nn
+from torch.nn import functional
 
+from modcompile.config import MoDConfig
+from modcompile.convert import convert
 from modcompile.errors import PassContractError, UnsupportedGraphError
 from modcompile.pass_manager import PassManager
 
@@ -238,3 +252,28 @@ def test_a_block_that_gives_other_rows():
         PassManager([AttendToAll(("block",))])(graph_module)
     details = caught.value.details
     assert details["where"] == "block" and details["expected"] != details["found"]
+
+
+class MixesRows(nn.Module):
+    """Attention, then something that sees several rows at once."""
+
+    def __init__(self, mix):
+        super().__init__()
+        self.attention, self.mix = Attention(), mix
+        self.weight = nn.Parameter(torch.ones(WIDTH, 1, 3))
+
+    def forward(self, hidden):
+        hidden = self.attention(hidden)
+        return hidden + self.mix(hidden, self.weight)
+
+
+@pytest.mark.parametrize("mix", [
+    lambda hidden, weight: hidden.mean(1, keepdim=True),
+    lambda hidden, weight: hidden.cumsum(1),
+    lambda hidden, weight: functional.conv1d(hidden.transpose(1, 2), weight, padding=1, groups=WIDTH).transpose(1, 2),
+], ids=["mean", "cumsum", "convolution"])
+def test_rows_that_are_mixed_outside_of_attention_are_refused(mix):
+    model = Stack(MixesRows(mix), MixesRows(mix))
+    with pytest.raises(UnsupportedGraphError, match="cannot attend to all rows") as caught:
+        convert(model, (torch.randn(2, 5, WIDTH),), MoDConfig(attend_to="all", capacity_ratio=0.5))
+    assert "no operation but attention" in caught.value.details["expected"]

@@ -484,7 +484,7 @@ def of_kind(name, kind):
     ("llama", "oracle", True), ("bert", "chosen", True), ("bert", "all", False), ("vit", "dense", True),
     ("vit", "all", True), ("vit", "oracle", False),
 ])
-@pytest.mark.slow
+@pytest.mark.long
 def test_families(tmp_path, name, kind, static):
     member, model = family(name), of_kind(name, kind)
     inputs = member.inputs(3, member.rows or 33, member.paddings[0] if member.paddings else None, seed=5)
@@ -501,7 +501,7 @@ def test_families(tmp_path, name, kind, static):
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp16", torch.float16), pytest.param("bf16", torch.bfloat16,
-                                                                                        marks=pytest.mark.slow)])
+                                                                                        marks=pytest.mark.long)])
 def test_half_precision_and_static_shapes(tmp_path, precision, dtype):
     # Every row is chosen, so that no rounding can choose another.
     model = randomise_routers(mc.convert(Stack(Mlp(), Mlp()), {"hidden": randn(2, 5, D)},
@@ -523,7 +523,7 @@ def test_half_precision_and_static_shapes(tmp_path, precision, dtype):
             assert np.array_equal(found.view(np.int16), engine.run(inputs)["output"].view(torch.int16).numpy())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_plain_module_is_captured_first(tmp_path):
     module = Stack(Block(), Block()).train()
     with build_engine(module, tmp_path / "engine", runtime="aoti", example_inputs=inputs_of(2, 5)) as engine:
@@ -532,7 +532,7 @@ def test_a_plain_module_is_captured_first(tmp_path):
     assert not engine.manifest.routed_blocks
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_bench_times_it(model, tmp_path):
     shapes = {"hidden": (2, 63, D), "attention_mask": (2, 63)}
     report = mc.benchmark(model, runtime="aoti", shapes=shapes, runs=2, folder=tmp_path / "bench")
@@ -585,7 +585,9 @@ class TestGpu:
         with zipfile.ZipFile(gpu[1] / "model.pt2") as package:
             wrapper = "".join(package.read(n).decode() for n in package.namelist() if n.endswith("wrapper.cpp"))
         assert "route_kernel" in wrapper and "aoti_torch_proxy_executor_call_function" not in wrapper
-        assert "flash_attention" in wrapper and "efficient_attention" not in wrapper
+        # Both take the causal flag; the kernel for masks does not.
+        assert "flash_attention" in wrapper or "cudnn_attention" in wrapper
+        assert "efficient_attention" not in wrapper
 
     def test_outputs_are_the_callers(self, engine):
         first = engine.run(ids_of(1))["logits"]
@@ -618,9 +620,11 @@ class TestGpu:
         """Inputs that are still being computed on the caller's stream are waited for, and nothing else is."""
         ids, expected = ids_of(3), engine.run(ids_of(3))["logits"].clone()
         stream = torch.cuda.Stream()
-        torch.cuda.synchronize()
         with torch.cuda.stream(stream):
+            # An allocation may wait for the GPU: this run leaves what the next one needs.
+            engine.run(ids)
             late = torch.zeros_like(ids["input_ids"])
+            torch.cuda.synchronize()
             torch.cuda._sleep(50_000_000)
             late.copy_(ids["input_ids"])
             found = engine.run({"input_ids": late})["logits"]
