@@ -42,11 +42,17 @@ def rows(report: dict) -> list[str]:
     return lines
 
 
+def place(report: dict) -> str:
+    """The hardware."""
+    host = report["machine"]
+    return host["gpu"] or f"{host['cores']} cores of {host['cpu']}"
+
+
 def machine(report: dict) -> str:
     """What the figures were taken on."""
-    host, place = report["machine"], report["machine"]["gpu"]
-    place = place or f"{host['cores']} cores of {host['cpu']}"
-    return f"{place}; {report['runtime']} {host['runtime_version']}, torch {host['torch']}, Python {host['python']}"
+    host = report["machine"]
+    versions = f"torch {host['torch']}, Python {host['python']}"
+    return f"{place(report)}; {report['runtime']} {host['runtime_version']}, {versions}"
 
 
 def section(report: dict) -> str:
@@ -63,13 +69,26 @@ def section(report: dict) -> str:
         f"{report['machine']['load_average']}.", "", "```sh", report["command"], "```", ""])
 
 
+def kernels(report: dict) -> str:
+    """The kernels' times, which tests/runtimes/native/bench_kernels.py wrote."""
+    lines = [f"## Kernels, {report['machine']['gpu']}", "",
+             f"CUDA {report['machine']['cuda']}, torch {report['machine']['torch']}; inside a CUDA graph, medians of "
+             f"{report['machine']['rounds']} rounds. *Again* is the same once more: the noise.", "",
+             "| | | us | again | GB/s | of the copy |", "|---|---|---|---|---|---|"]
+    for row in report["results"]:
+        rate, share = row.get("gb_per_s"), row.get("of_copy")
+        lines.append(f"| {row['what']} | {row['who']} | {row['us']:.2f} | {row['us_again']:.2f} | "
+                     f"{f'{rate:.0f}' if rate else ''} | {f'{share:.2f}' if share else ''} |")
+    return "\n".join([*lines, "", "```sh", "python tests/runtimes/native/bench_kernels.py -o kernels.json", "```", ""])
+
+
 def summary(reports: list[dict]) -> str:
     """The table of the README: one line a report."""
     lines = ["| ms | machine | dense | MoD | oracle | pruned | dense/MoD | oracle/MoD |",
              "|---|---|---|---|---|---|---|---|"]
     for report in reports:
         times = {name: f"{timing['median_ms']:.4g}" for name, timing in report["timings"].items()}
-        lines.append(f"| {report['title']} | {report['machine']['gpu'] or report['machine']['cpu']} | "
+        lines.append(f"| {report['title']} | {place(report)} | "
                      + " | ".join(times.get(name, "") for name in ("dense", "mod", "oracle", "pruned"))
                      + f" | {report['ratios']['dense/MoD']:.2f} | {report['ratios']['oracle/MoD']:.2f} |")
     return "\n".join(lines)
@@ -78,10 +97,12 @@ def summary(reports: list[dict]) -> str:
 def written() -> dict[Path, str]:
     """The text of every file that comes from figures."""
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((DOCS / "benchmarks").glob("*.json"))]
+    measured = [json.loads(path.read_text(encoding="utf-8"))
+                for path in sorted((DOCS / "benchmarks" / "kernels").glob("*.json"))]
     readme = README.read_text(encoding="utf-8")
     before, rest = readme.split(START)
     after = rest.split(END)[1]
-    return {PAGE: "\n".join([HEAD, *map(section, reports)]).rstrip() + "\n",
+    return {PAGE: "\n".join([HEAD, *map(section, reports), *map(kernels, measured)]).rstrip() + "\n",
             README: f"{before}{START}\n{summary(reports)}\n{END}{after}"}
 
 

@@ -241,8 +241,8 @@ def benchmark(mod: MoDModel | str | os.PathLike, *, runtime: str = "ort",
             checks[name] = verify(model, engine, inputs, options=options)
             flops[name] = count_flops(model, sizes)
         if "dense" in engines:
-            for table in (engines, flops, checks, device_bytes):
-                table[AGAIN] = table.get("dense")
+            engines[AGAIN], device_bytes[AGAIN] = engines["dense"], device_bytes.get("dense")
+            flops[AGAIN], checks[AGAIN] = flops["dense"], checks["dense"]
         times = _take_turns(engines, _on_device(inputs, device), runs, warmup, seed, say)
         some = next(iter(engines.values()))
         machine["runtime_version"] = some.manifest.runtime_version

@@ -216,7 +216,7 @@ class MoDModel(GraphModel):
         names = {f"{path}.{name}" for path, router in known.items() for name, _ in router.named_parameters()}
         tensors = {name: tensor for name, tensor in self.tensors().items() if name not in names}
         calls = {node.target for node in program.graph.nodes if node.op == "call_module"}
-        called = {path: router for path, router in known.items() if path in calls}
+        called: dict[str, nn.Module] = {path: router for path, router in known.items() if path in calls}
         graph_module = program.copy().assemble(tensors, called, self.non_persistent())
         for path, router in known.items() if routers else ():
             graph_module.add_submodule(path, router)

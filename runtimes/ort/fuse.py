@@ -16,6 +16,8 @@ The norms are onnxscript's own rewrites. What they do not reach stays as it is, 
 
 __all__ = ["fuse_for_cuda"]
 
+from typing import NamedTuple
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -48,8 +50,8 @@ def fuse_for_cuda(model: ir.Model) -> ir.Model:
 def _contrib_attention(node: ir.Node) -> bool:
     """MultiHeadAttention, where heads are packed, [B, S, H * d], and as many for keys as for queries."""
     attributes = node.attributes
-    heads = attributes.get_int("q_num_heads")
-    if heads is None or heads != attributes.get_int("kv_num_heads") or attributes.get_float("softcap", 0.0):
+    heads, softcap = attributes.get_int("q_num_heads"), attributes.get_float("softcap")
+    if heads is None or heads != attributes.get_int("kv_num_heads") or softcap:
         return False
     query, key, value, *rest = node.inputs
     mask = rest[0] if rest else None
@@ -74,52 +76,67 @@ def _contrib_attention(node: ir.Node) -> bool:
 
 def _take_biases(graph: ir.Graph, node: ir.Node) -> None:
     """Adds the projections' biases inside of the attention; a fused projection becomes three."""
-    operands = node.inputs[:3]
-    split = operands[0].producer() if operands[0] is not None else None
-    if split is not None and split.op_type == "Split" and tuple(split.outputs) == operands:
-        projection = _biased_product(split.inputs[0])
-        sizes = [value.shape[-1] if value is not None and value.shape else None for value in operands]
-        if projection is None or len(set(sizes)) != 1 or not isinstance(sizes[0], int):
+    operands = [value for value in node.inputs[:3] if value is not None]
+    split = operands[0].producer()
+    if split is not None and split.op_type == "Split" and list(split.outputs) == operands:
+        fused = _biased_product(split.inputs[0])
+        widths = {value.shape[-1] if value.shape else None for value in operands}
+        if fused is None or len(widths) != 1 or not isinstance(widths.pop(), int):
             return
-        x, weight, bias = projection
-        parts = np.split(weight.const_value.numpy(), 3, axis=1)
-        made = [(x, _constant(graph, f"{weight.name}.{name}", part))
+        parts = np.split(_array(fused.weight), 3, axis=1)
+        made = [(fused.x, _constant(graph, f"{fused.weight.name}.{name}", part))
                 for name, part in zip("qkv", parts, strict=True)]
+        bias = fused.bias
     else:
-        found = [_biased_product(value) for value in operands]
-        if None in found:
+        found = [product for value in operands if (product := _biased_product(value)) is not None]
+        if len(found) != 3:
             return
-        made = [(x, weight) for x, weight, _ in found]
-        biases = [bias.const_value.numpy() for _, _, bias in found]
-        bias = _constant(graph, f"{found[0][2].name}.qkv", np.concatenate(biases))
+        made = [(product.x, product.weight) for product in found]
+        biases = np.concatenate([_array(product.bias) for product in found])
+        bias = _constant(graph, f"{found[0].bias.name}.qkv", biases)
     for index, (operand, (x, weight)) in enumerate(zip(operands, made, strict=True)):
-        product = ir.node("MatMul", [x, weight], name=f"{node.name}/MatMul_{index}")
-        product.outputs[0].shape, product.outputs[0].type = operand.shape, operand.type
-        graph.insert_before(node, product)
-        node.replace_input_with(index, product.outputs[0])
+        product_node = ir.node("MatMul", [x, weight], name=f"{node.name}/MatMul_{index}")
+        product_node.outputs[0].shape, product_node.outputs[0].type = operand.shape, operand.type
+        graph.insert_before(node, product_node)
+        node.replace_input_with(index, product_node.outputs[0])
     if len(node.inputs) < 4:
         node.resize_inputs(4)
     node.replace_input_with(3, bias)
 
 
-def _biased_product(value: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Value] | None:
-    """The operands of a product with a weight, and the bias [N] that is added to it; used once each."""
+class _Projection(NamedTuple):
+    """x @ weight + bias [N]."""
+
+    x: ir.Value
+    weight: ir.Value
+    bias: ir.Value
+
+
+def _biased_product(value: ir.Value | None) -> _Projection | None:
+    """The product with a weight, and the bias that is added to it, that a value is; each used once."""
     add = value.producer() if value is not None else None
-    if add is None or add.op_type != "Add" or len(value.uses()) != 1:
+    if value is None or add is None or add.op_type != "Add" or len(value.uses()) != 1:
         return None
     for product, bias in (add.inputs, add.inputs[::-1]):
         matmul = product.producer() if product is not None else None
-        if matmul is None or matmul.op_type != "MatMul" or bias is None or len(product.uses()) != 1:
+        if product is None or matmul is None or matmul.op_type != "MatMul" or len(product.uses()) != 1:
             continue
         x, weight = matmul.inputs
-        if all(item is not None and item.const_value is not None for item in (weight, bias)) and len(bias.shape) == 1:
-            return x, weight, bias
+        if x is None or weight is None or bias is None or weight.const_value is None or bias.const_value is None:
+            continue
+        if len(bias.const_value.shape) == 1:
+            return _Projection(x, weight, bias)
     return None
+
+
+def _array(value: ir.Value) -> np.ndarray:
+    assert value.const_value is not None
+    return value.const_value.numpy()
 
 
 def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     tensor = ir.tensor(np.ascontiguousarray(array), name=name)
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
 
