@@ -352,6 +352,11 @@ def _side(arg: torch.fx.Node, user: torch.fx.Node, batch: sympy.Expr, rows: symp
     rank = side_rank(arg, user)
     first = exprs[0] if rank == len(exprs) else sympy.Integer(1)
     if first == batch or (first == 1 and batch not in exprs):
+        beside = (shape_exprs(user) or ())[:1]
+        if first != batch and rows in exprs and rank == len(shape_exprs(user) or ()) and beside[0] not in (batch, 1):
+            # Gathered for each sequence, it would fit the batch alone.
+            return Skip(f"the side input {_describe(arg)} of {user.name} meets {beside[0]} heads and sequences in one "
+                        "dim")
         return Side(arg, rank)
     places = first / batch
     if places.is_Integer and batch not in exprs:

@@ -9,11 +9,13 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import sympy
 import torch
 import torch.fx
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.functions import ToFloat
 
 from modcompile.errors import UnsupportedGraphError, UsageError
 from modcompile.interface import Interface, graph_name, pack_tree
@@ -73,6 +75,7 @@ def capture(model: nn.Module, example_inputs: dict | tuple | torch.Tensor, *, dy
     flat, _ = pytree.tree_flatten(arguments)
     graph = _flatten(traced, flat)
     names, hints = _name_symbols(graph)
+    _check_float_sizes(graph, names)
     _merge_symbols(graph, names)
     interface = _interface(graph, parameters, _defaults(model), arguments, exported.call_spec.out_spec, names)
     graph_module = Program(graph).assemble(*_tensors(model, traced, graph))
@@ -238,6 +241,24 @@ def _name_symbols(graph: torch.fx.Graph) -> tuple[dict, dict[str, int]]:
                 names[expr] = roles.setdefault((dim, hint), ROLES[dim] if free else f"{node.name}_{dim}")
                 hints[names[expr]] = hint
     return names, hints
+
+
+def _check_float_sizes(graph: torch.fx.Graph, names: dict) -> None:
+    """Refuses a size that was computed through a float: torch.export fixes it at the example's, and only guards it.
+
+    Raises:
+        UnsupportedGraphError: Such a guard on a size that may vary.
+    """
+    values = [node.meta["val"] for node in graph.find_nodes(op="placeholder")]
+    mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+    for guard in mode.shape_env.guards if mode and mode.shape_env else ():
+        fixed = next((side for side in guard.expr.args if side.is_number), None) if guard.expr.is_Equality else None
+        if fixed is not None and guard.expr.has(ToFloat) and guard.expr.free_symbols & names.keys():
+            computed = next(side for side in guard.expr.args if side is not fixed)
+            text = str(computed.xreplace({symbol: sympy.Symbol(name) for symbol, name in names.items()}))
+            raise UnsupportedGraphError("the model computes a size through a float, which fixes it", where="forward",
+                                        expected="sizes in integers", found=f"{text}, {fixed} in the example",
+                                        fix="write x // 2 for int(x * 0.5), or capture with dynamic=False")
 
 
 def _merge_symbols(graph: torch.fx.Graph, names: dict) -> None:

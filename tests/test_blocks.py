@@ -329,3 +329,27 @@ def test_a_number_that_happens_to_be_s_stays():
     with torch.no_grad():
         expected = model.layers[1](torch.cat([model.layers[0](X[:, :2]), X[:, 2:]], 1))
         assert (mod(X) - expected).abs().max() < 1e-6
+
+
+def test_a_mask_that_meets_folded_heads_is_refused():
+    class Weighed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, hidden, mask):
+            return hidden + self.attention(hidden, hidden, hidden, attn_mask=mask, need_weights=True)[0]
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(Weighed() for _ in range(2))
+
+        def forward(self, hidden):
+            mask = torch.triu(torch.full((hidden.shape[1], hidden.shape[1]), -1e4), 1)
+            for layer in self.layers:
+                hidden = layer(hidden, mask)
+            return hidden
+
+    report = find_blocks(Masked().eval(), (torch.randn(2, 5, 8),))
+    assert not report.routable and "heads and sequences in one dim" in report.blocks[0].reason

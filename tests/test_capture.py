@@ -395,3 +395,19 @@ def test_dropout_follows_the_mode():
     copied = copy.deepcopy(graph)
     assert copied.training and not torch.equal(copied(x), copied(x))
     assert torch.equal(copied.eval()(x), expected) and torch.equal(graph.eval()(x), expected)
+
+
+def test_a_size_through_a_float_is_refused_where_sizes_vary():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.project = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.project(x[:, : int(x.shape[1] * 0.5)])
+
+    x = torch.randn(2, 10, 4)
+    with pytest.raises(UnsupportedGraphError, match="computes a size through a float") as caught:
+        capture(Half(), (x,))
+    assert "sequence" in caught.value.details["found"]
+    assert capture(Half(), (x,), dynamic=False)(x).shape == (2, 5, 4)
