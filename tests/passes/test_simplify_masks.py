@@ -356,7 +356,7 @@ class _Elements(torch.fx.Interpreter):
         return total
 
 
-@pytest.mark.parametrize("name", ["gpt2", pytest.param("gemma3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("gemma3", marks=pytest.mark.long)])
 def test_what_is_known_of_elements_is_true(routed, name):
     """Packed sequences, and windows: every element that is followed, at sizes that are known and at any."""
     inputs = unpadded(name, 3, 33, seed=2)

@@ -33,6 +33,8 @@ def operators(path: Path) -> Counter:
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "routed"])
 def test_it_computes_the_same_with_fewer_operators(mod, dense: bool, tmp_path: Path):
     model, inputs, facts = mod
+    if dense and facts["name"] == "llama":
+        pytest.skip("its routed form has the same operators")
     model = dense_model(model) if dense else model
     plain = mc.build_engine(model, tmp_path / "plain")
     fused = mc.build_engine(model, tmp_path / "fused", fuse=True)
