@@ -159,7 +159,8 @@ class RouteBlocks(Pass):
         if self.gate == "straight-through":
             # 1 in the forward, exactly; the gradient is that of sigmoid(r).
             gate = call(aten.add.Tensor, call(aten.sub.Tensor, gate, call(aten.detach.default, gate)), 1)
-        return call(aten.where.ScalarOther, filled, gate, 0.0)
+        # Without padding every slot is filled.
+        return gate if self.padding_mask is None else call(aten.where.ScalarOther, filled, gate, 0.0)
 
 
 def require_outlined(graph_module: torch.fx.GraphModule, blocks: tuple[str, ...], stage: str) -> None:

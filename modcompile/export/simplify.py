@@ -12,7 +12,8 @@ not check the shapes their operators take.
 1. A Reshape's sizes that its input has at the same place become 0, one that is left -1.
 2. A Reshape or Transpose that undoes the one before goes, as does one that changes nothing.
 3. A weight that is used transposed is stored transposed, unless it is used as it is too.
-4. Constants are folded, nodes that compute the same are one, nodes without use go.
+4. A Cast of a bool to two types in turn is one Cast.
+5. Constants are folded, nodes that compute the same are one, nodes without use go.
 """
 
 __all__ = ["simplify"]
@@ -95,7 +96,17 @@ def _transpose(graph: ir.Graph, node: ir.Node) -> None:
         _replace(graph, node, source)
 
 
-_RULES: dict[str, Callable[[ir.Graph, ir.Node], None]] = {"Reshape": _reshape, "Transpose": _transpose}
+def _cast(graph: ir.Graph, node: ir.Node) -> None:
+    source = node.inputs[0]
+    before = source.producer() if source is not None else None
+    if before is None or before.op_type != "Cast" or before.domain:
+        return
+    first = before.inputs[0]
+    if first is not None and first.dtype == ir.DataType.BOOL:
+        node.replace_input_with(0, first)
+
+
+_RULES: dict[str, Callable[[ir.Graph, ir.Node], None]] = {"Reshape": _reshape, "Transpose": _transpose, "Cast": _cast}
 
 
 def _origin(value: ir.Value, op_type: str) -> ir.Value:

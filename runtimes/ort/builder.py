@@ -68,7 +68,7 @@ def build(onnx_path: Path, folder: Path, *, runtime: str, precision: str | None 
     sizes = _fix_shapes(model, shapes or {}, onnx_path)
     names = tuple(p if isinstance(p, str) else p[0] for p in providers)
     if "CUDAExecutionProvider" in names if fuse is None else fuse:
-        _write_fused(model, onnx_path, folder)
+        _write_fused(model, onnx_path, folder, custom_ops=bool(custom_ops and metadata.routed_blocks))
     else:
         _place_weights(model, onnx_path, folder)
     library = _place_library(model, metadata, Path(custom_ops), folder) if custom_ops else None
@@ -164,13 +164,14 @@ def _data_files(model: onnx.ModelProto, path: Path) -> dict[str, int]:
     return locations
 
 
-def _write_fused(model: onnx.ModelProto, path: Path, folder: Path) -> None:
+def _write_fused(model: onnx.ModelProto, path: Path, folder: Path, *, custom_ops: bool) -> None:
     """Writes ``folder``'s model.onnx with ONNX Runtime's own operators, and its weights into one file beside it."""
     # Before anything is read from them.
     _data_files(model, path)
     fused = ir.from_proto(model)
     ir.external_data.set_base_dir(fused.graph, path.parent)
-    ir.save(fuse_for_cuda(fused), folder / ENTRY, external_data=f"{ENTRY}.data", size_threshold_bytes=_EMBEDDED_BYTES)
+    ir.save(fuse_for_cuda(fused, custom_ops=custom_ops), folder / ENTRY, external_data=f"{ENTRY}.data",
+            size_threshold_bytes=_EMBEDDED_BYTES)
 
 
 def _place_weights(model: onnx.ModelProto, path: Path, folder: Path) -> None:

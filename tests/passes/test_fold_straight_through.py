@@ -28,6 +28,19 @@ def test_golden():
     check_rewrite("fold_straight_through", before, after)
 
 
+def without_padding(call, logits, positions):
+    share = call(aten.sigmoid.default, call(aten.gather.default, logits, 1, positions))
+    return call(aten.add.Tensor, call(aten.sub.Tensor, share, call(aten.detach.default, share)), 1)
+
+
+def test_golden_without_padding():
+    inputs = {"logits": ("batch", "rows"), "positions": ("batch", "slots")}
+    before, after, _ = rewritten(FoldStraightThrough(), lambda: graph_of(inputs, without_padding,
+                                                                         dtypes={"positions": "int64"}))
+    check_rewrite("fold_straight_through_without_padding", before, after)
+    assert_same(before, after, randn(3, 63), torch.tensor([[0, 5, 62]] * 3))
+
+
 def test_it_is_one_where_a_slot_is_filled():
     before, after, _ = folded(gate)
     filled = randn(3, 5) > 0
@@ -51,42 +64,50 @@ def of_another_value(call, logits, filled):
     return call(aten.where.ScalarOther, filled, call(aten.add.Tensor, zero, 1), 0.0)
 
 
+def of_no_share(call, logits, filled):
+    zero = call(aten.sub.Tensor, logits, call(aten.detach.default, logits))
+    return call(aten.where.ScalarOther, filled, call(aten.add.Tensor, zero, 1), 0.0)
+
+
 def of_a_number(call, logits, filled):
     return call(aten.where.ScalarOther, filled, call(aten.add.Tensor, call(aten.sub.Tensor, logits, 1), 1), 0.0)
 
 
 def plus_two(call, logits, filled):
-    zero = call(aten.sub.Tensor, logits, call(aten.detach.default, logits))
+    share = call(aten.sigmoid.default, logits)
+    zero = call(aten.sub.Tensor, share, call(aten.detach.default, share))
     return call(aten.where.ScalarOther, filled, call(aten.add.Tensor, zero, 2), 0.0)
 
 
 def twice_one(call, logits, filled):
-    zero = call(aten.sub.Tensor, logits, call(aten.detach.default, logits))
+    share = call(aten.sigmoid.default, logits)
+    zero = call(aten.sub.Tensor, share, call(aten.detach.default, share))
     return call(aten.where.ScalarOther, filled, call(aten.add.Tensor, zero, 1, alpha=2), 0.0)
 
 
 def half_of_it_is_left(call, logits, filled):
-    left = call(aten.sub.Tensor, logits, call(aten.detach.default, logits), alpha=0.5)
+    share = call(aten.sigmoid.default, logits)
+    left = call(aten.sub.Tensor, share, call(aten.detach.default, share), alpha=0.5)
     return call(aten.where.ScalarOther, filled, call(aten.add.Tensor, left, 1), 0.0)
-
-
-def not_zero_elsewhere(call, logits, filled):
-    one = call(aten.add.Tensor, call(aten.sub.Tensor, logits, call(aten.detach.default, logits)), 1)
-    return call(aten.where.ScalarOther, filled, one, 0.5)
 
 
 def another_gate(call, logits, filled):
     return call(aten.where.ScalarOther, filled, call(aten.sigmoid.default, logits), 0.0)
 
 
-@pytest.mark.parametrize("build", [of_another_value, of_a_number, plus_two, twice_one, half_of_it_is_left,
-                                   not_zero_elsewhere, another_gate])
+@pytest.mark.parametrize("build", [of_another_value, of_no_share, of_a_number, plus_two, twice_one,
+                                   half_of_it_is_left, another_gate])
 def test_other_gates_stay(build):
     before, after, _ = folded(build)
     assert nodes_of(after) == nodes_of(before)
     assert_same(before, after, randn(3, 5), randn(3, 5, seed=1) > 0)
 
 
-def test_a_condition_that_broadcasts_stays():
-    before, after, _ = folded(gate, {"logits": ("batch", "slots"), "filled": ("batch", 1)})
-    assert nodes_of(after) == nodes_of(before)
+@pytest.mark.parametrize("otherwise, slots", [(0.5, "slots"), (0.0, 1)], ids=["another value", "a broadcast"])
+def test_what_is_no_mask_of_the_gate_stays(otherwise, slots):
+    def build(call, logits, filled):
+        return call(aten.where.ScalarOther, filled, gate(call, logits, filled).args[1], otherwise)
+
+    before, after, _ = folded(build, {"logits": ("batch", "slots"), "filled": ("batch", slots)})
+    assert "aten.where.ScalarOther" in nodes_of(after) and "aten.sigmoid.default" not in nodes_of(after)
+    assert_same(before, after, randn(3, 5), randn(3, 5 if slots == "slots" else 1) > 0)

@@ -30,10 +30,14 @@ struct RouteRow {
 template <int kThreads, int kItems, bool kHeld>
 class RowSelect {
  public:
+  // The bin that holds the wanted-th row of a digit.
+  struct Found {
+    uint32_t bin, wanted, count;
+  };
   struct Shared {
     uint32_t histogram[kDigits * kBins];
     uint32_t per_warp[2][kThreads / kWarp];
-    uint32_t found_bin, found_wanted, found_count;
+    Found found[kDigits];  // one a digit: none is written where another may still be read
   };
 
   __device__ RowSelect(const RouteRow& row, Shared& shared)
@@ -119,9 +123,9 @@ class RowSelect {
         count(histogram, key != kAbsent && threshold.ties(key), threshold.bin(key, digit));
       });
       __syncthreads();
-      find_bin(histogram, threshold.wanted);
-      threshold.descend(digit, shared_.found_bin, shared_.found_wanted);
-      if (shared_.found_wanted == shared_.found_count) break;  // the whole bin is chosen: lower digits change nothing
+      const Found found = find_bin(histogram, threshold.wanted, shared_.found[digit]);
+      threshold.descend(digit, found.bin, found.wanted);
+      if (found.wanted == found.count) break;  // the whole bin is chosen: lower digits change nothing
     }
     return threshold;
   }
@@ -139,7 +143,7 @@ class RowSelect {
 
   // Finds the bin that holds the wanted-th row, counted from the highest bin. Three sums from the top: over warps, over
   // the lanes of the one warp that owns it, over that lane's bins.
-  __device__ void find_bin(const uint32_t* histogram, uint32_t wanted) {
+  __device__ Found find_bin(const uint32_t* histogram, uint32_t wanted, Found& found) {
     uint32_t bins[kBinsPerLane];
     uint32_t in_lane = 0;
     const int first = static_cast<int>(threadIdx.x) * kBinsPerLane;
@@ -160,14 +164,13 @@ class RowSelect {
 #pragma unroll
       for (int i = kBinsPerLane - 1; i >= 0; --i) {
         if (above < wanted && wanted <= above + bins[i]) {
-          shared_.found_bin = static_cast<uint32_t>(first + i);
-          shared_.found_wanted = wanted - above;
-          shared_.found_count = bins[i];
+          found = {static_cast<uint32_t>(first + i), wanted - above, bins[i]};
         }
         above += bins[i];
       }
     }
     __syncthreads();
+    return found;
   }
 
   // Of the numbers that the warps first..last-1 left in slot `which`.

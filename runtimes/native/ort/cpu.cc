@@ -45,6 +45,23 @@ void route_row(const Route& op, int64_t batch_row, std::vector<uint32_t>& keys, 
   }
 }
 
+// The type that an element's arithmetic is done in before it is rounded to the element.
+template <typename T>
+T widened(T value) { return value; }
+float widened(Ort::Float16_t value) { return value.ToFloat(); }
+float widened(Ort::BFloat16_t value) { return value.ToFloat(); }
+
+// The logits of a linear router, for every row of the batch.
+template <typename T>
+void score(const RouteRows& op) {
+  const auto* x = static_cast<const T*>(op.x);
+  for (int64_t row = 0; row < op.route.batch * op.route.rows; ++row, x += op.width) {
+    float sum = 0;
+    for (int64_t i = 0; i < op.width; ++i) sum += widened(x[i]) * op.weight[i];
+    op.logits[row] = sum + *op.bias;
+  }
+}
+
 // Calls visit(slot, row) for every slot of the batch; both count from the first batch row on.
 template <typename Visit>
 void each_slot(const int64_t* positions, int64_t batch, int64_t rows, int64_t capacity, Visit visit) {
@@ -58,12 +75,6 @@ void each_slot(const int64_t* positions, int64_t batch, int64_t rows, int64_t ca
     visit(slot, slot / capacity * rows + position);
   }
 }
-
-// The type that an element's arithmetic is done in before it is rounded to the element.
-template <typename T>
-T widened(T value) { return value; }
-float widened(Ort::Float16_t value) { return value.ToFloat(); }
-float widened(Ort::BFloat16_t value) { return value.ToFloat(); }
 
 // x + gate * (y - x), each step rounded to T, as the reference rounds.
 template <typename T>
@@ -97,6 +108,17 @@ void merge(const MergeRows& op) {
 void Cpu::run(const Route& op) const {
   std::vector<uint32_t> keys(static_cast<size_t>(op.rows)), order;
   for (int64_t batch_row = 0; batch_row < op.batch; ++batch_row) route_row(op, batch_row, keys, order);
+}
+
+void Cpu::run(const RouteRows& op) const {
+  if (op.element == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16) {
+    score<Ort::Float16_t>(op);
+  } else if (op.element == ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16) {
+    score<Ort::BFloat16_t>(op);
+  } else {
+    score<float>(op);
+  }
+  run(op.route);
 }
 
 void Cpu::run(const GatherRows& op) const {

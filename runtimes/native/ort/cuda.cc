@@ -33,6 +33,20 @@ void Cuda::run(const Route& op) const {
         "Route");
 }
 
+size_t Cuda::workspace_bytes(int64_t batch, int64_t rows) { return modcompile_route_rows_workspace(batch, rows); }
+
+void Cuda::run(const RouteRows& op) const {
+  const Route& route = op.route;
+  const auto stream = static_cast<cudaStream_t>(stream_);
+  // ONNX Runtime hands the memory to others between two calls.
+  check(cudaMemsetAsync(op.workspace, 0, workspace_bytes(route.batch, route.rows), stream), "RouteRows");
+  check(modcompile_route_rows(op.x, element_of(op.element), op.weight, op.bias,
+                              reinterpret_cast<const uint8_t*>(route.valid), op.logits, route.positions, kInt64,
+                              reinterpret_cast<uint8_t*>(route.filled), route.batch, route.rows, op.width,
+                              route.capacity, op.workspace, stream),
+        "RouteRows");
+}
+
 void Cuda::run(const GatherRows& op) const {
   check(modcompile_gather_rows(op.x, op.positions, kInt64, op.out, op.batch, op.rows, op.capacity, op.row_bytes,
                                static_cast<cudaStream_t>(stream_)),

@@ -32,6 +32,9 @@ constexpr ONNXTensorElementDataType kBool = ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL;
 // In a kernel's list of inputs and outputs, the type that the op was made for.
 constexpr ONNXTensorElementDataType kElement = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
 
+// Of the rows that a router reads.
+constexpr std::array kRoutedTypes = {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
+                                     ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16};
 constexpr std::array kGatheredTypes = {
     ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,  ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16,
     ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE, ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL,    ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32,
@@ -82,13 +85,56 @@ void* output(const Ort::KernelContext& context, size_t index, const Shape& shape
 
 // The kernels. Each says which op it is of and which types that has, checks shapes, and asks its device.
 
+// The capacity K: a constant as a rule, otherwise read in each call.
+class Capacity {
+ public:
+  Capacity(const OrtKernelInfo* info, size_t input) : input_(input) {
+    int is_constant = 0;
+    const Ort::ConstValue value = Ort::ConstKernelInfo(info).GetTensorConstantInput(input, &is_constant);
+    // Where a constant is shared with a node on a device, it may lie there; the call's is always the host's.
+    if (is_constant != 0 && value.GetTensorMemoryInfo().GetDeviceType() == OrtMemoryInfoDeviceType_CPU) {
+      constant_ = *value.GetTensorData<int64_t>();
+    }
+  }
+
+  int64_t of(const Ort::KernelContext& context, int64_t rows) const {
+    const int64_t capacity = constant_ != 0 ? constant_ : *context.GetInput(input_).GetTensorData<int64_t>();
+    if (capacity < 1 || capacity > rows) {
+      ORT_CXX_API_THROW("expected a capacity from 1 to " + std::to_string(rows) + " rows, found " +
+                            std::to_string(capacity),
+                        ORT_INVALID_ARGUMENT);
+    }
+    return capacity;
+  }
+
+ private:
+  size_t input_;
+  int64_t constant_ = 0;
+};
+
+// What a route reads and writes beside the logits [B, S]: a mask, and two outputs.
+template <bool kMasked>
+Route route_of(const Ort::KernelContext& context, const Capacity& capacity, const float* logits, int64_t batch,
+               int64_t rows, size_t mask_input, size_t first_output) {
+  const bool* valid = nullptr;
+  if constexpr (kMasked) {
+    const Input mask(context.GetInput(mask_input));
+    require(mask.shape == Shape{batch, rows}, "valid " + text_of({batch, rows}), mask.shape);
+    valid = mask.as<bool>();
+  }
+  const Shape chosen = {batch, capacity.of(context, rows)};
+  auto* positions = static_cast<int64_t*>(output(context, first_output, chosen));
+  auto* filled = static_cast<bool*>(output(context, first_output + 1, chosen));
+  return {logits, valid, positions, filled, batch, rows, chosen[1]};
+}
+
 template <typename On, bool kMasked>
 class RouteKernel {
  public:
   using Device = On;
   static constexpr const char* kName = kMasked ? "MaskedRoute" : "Route";
-  static constexpr size_t kCapacity = kMasked ? 2 : 1;
-  static constexpr int kHostInput = static_cast<int>(kCapacity);
+  static constexpr size_t kMask = 1;
+  static constexpr int kHostInput = kMasked ? 2 : 1;  // the capacity
   static constexpr int kInPlaceOf = -1;
 
   static std::vector<ONNXTensorElementDataType> inputs() {
@@ -96,47 +142,89 @@ class RouteKernel {
   }
   static std::vector<ONNXTensorElementDataType> outputs() { return {kInt64, kBool}; }
 
-  RouteKernel(const OrtKernelInfo* info, ONNXTensorElementDataType) {
-    int is_constant = 0;
-    const Ort::ConstValue value = Ort::ConstKernelInfo(info).GetTensorConstantInput(kCapacity, &is_constant);
-    // Where a constant is shared with a node on a device, it may lie there; the call's is always the host's.
-    if (is_constant != 0 && value.GetTensorMemoryInfo().GetDeviceType() == OrtMemoryInfoDeviceType_CPU) {
-      constant_capacity_ = *value.GetTensorData<int64_t>();
-    }
-  }
+  RouteKernel(const OrtKernelInfo* info, ONNXTensorElementDataType) : capacity_(info, kHostInput) {}
 
   void compute(const Ort::KernelContext& context) const {
     const Input logits(context.GetInput(0));
     require(logits.shape.size() == 2, "logits [B, S]", logits.shape);
-    const int64_t batch = logits.shape[0], rows = logits.shape[1];
-    const bool* valid = nullptr;
-    if constexpr (kMasked) {
-      const Input mask(context.GetInput(1));
-      require(mask.shape == logits.shape, "valid " + text_of(logits.shape), mask.shape);
-      valid = mask.as<bool>();
-    }
-    const int64_t capacity =
-        constant_capacity_ != 0 ? constant_capacity_ : *context.GetInput(kCapacity).template GetTensorData<int64_t>();
-    if (capacity < 1 || capacity > rows) {
-      ORT_CXX_API_THROW("expected a capacity from 1 to " + std::to_string(rows) + " rows, found " +
-                            std::to_string(capacity),
-                        ORT_INVALID_ARGUMENT);
-    }
-    const Shape chosen = {batch, capacity};
-    auto* positions = static_cast<int64_t*>(output(context, 0, chosen));
-    auto* filled = static_cast<bool*>(output(context, 1, chosen));
-    if (batch == 0) return;
-    Device(context).run(Route{logits.as<float>(), valid, positions, filled, batch, rows, capacity});
+    const Route route = route_of<kMasked>(context, capacity_, logits.as<float>(), logits.shape[0], logits.shape[1],
+                                          kMask, 0);
+    if (route.batch != 0) Device(context).run(route);
   }
 
  private:
-  int64_t constant_capacity_ = 0;
+  Capacity capacity_;
 };
 
 template <typename On>
 using PlainRouteKernel = RouteKernel<On, false>;
 template <typename On>
 using MaskedRouteKernel = RouteKernel<On, true>;
+
+// Memory where a tensor lies, for as long as a call lasts.
+class Scratch {
+ public:
+  Scratch(const Ort::KernelContext& context, const OrtMemoryInfo* place, size_t bytes) {
+    if (bytes == 0) return;
+    allocator_ = context.GetAllocator(*place);
+    data_ = allocator_->Alloc(allocator_, bytes);
+  }
+  ~Scratch() {
+    if (allocator_ == nullptr) return;
+    allocator_->Free(allocator_, data_);
+    Ort::GetApi().ReleaseAllocator(allocator_);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  void* get() const { return data_; }
+
+ private:
+  OrtAllocator* allocator_ = nullptr;
+  void* data_ = nullptr;
+};
+
+template <typename On, bool kMasked>
+class RouteRowsKernel {
+ public:
+  using Device = On;
+  static constexpr const char* kName = kMasked ? "MaskedRouteRows" : "RouteRows";
+  static constexpr size_t kMask = 3;
+  static constexpr int kHostInput = kMasked ? 4 : 3;  // the capacity
+  static constexpr int kInPlaceOf = -1;
+
+  static std::vector<ONNXTensorElementDataType> inputs() {
+    return kMasked ? std::vector{kElement, kFloat, kFloat, kBool, kInt64} : std::vector{kElement, kFloat, kFloat, kInt64};
+  }
+  static std::vector<ONNXTensorElementDataType> outputs() { return {kFloat, kInt64, kBool}; }
+
+  RouteRowsKernel(const OrtKernelInfo* info, ONNXTensorElementDataType element)
+      : capacity_(info, kHostInput), element_(element) {}
+
+  void compute(const Ort::KernelContext& context) const {
+    const Ort::ConstValue value = context.GetInput(0);
+    const Input x(value), weight(context.GetInput(1)), bias(context.GetInput(2));
+    require(x.shape.size() == 3 && x.shape[2] > 0, "x [B, S, D]", x.shape);
+    const int64_t batch = x.shape[0], rows = x.shape[1], width = x.shape[2];
+    require(weight.shape == Shape{width, 1}, "weight " + text_of({width, 1}), weight.shape);
+    require(bias.shape == Shape{1}, "bias [1]", bias.shape);
+    auto* logits = static_cast<float*>(output(context, 0, {batch, rows}));
+    const Route route = route_of<kMasked>(context, capacity_, logits, batch, rows, kMask, 1);
+    if (batch == 0) return;
+    const Scratch scratch(context, value.GetTensorMemoryInfo(), Device::workspace_bytes(batch, rows));
+    Device(context).run(RouteRows{x.data, weight.as<float>(), bias.as<float>(), logits, scratch.get(), element_, width,
+                                  route});
+  }
+
+ private:
+  Capacity capacity_;
+  ONNXTensorElementDataType element_;
+};
+
+template <typename On>
+using PlainRouteRowsKernel = RouteRowsKernel<On, false>;
+template <typename On>
+using MaskedRouteRowsKernel = RouteRowsKernel<On, true>;
 
 template <typename On>
 class GatherRowsKernel {
@@ -294,6 +382,10 @@ class Library {
   void add_device() {
     add<PlainRouteKernel<Device>>(kFloat);
     add<MaskedRouteKernel<Device>>(kFloat);
+    for (const auto type : kRoutedTypes) {
+      add<PlainRouteRowsKernel<Device>>(type);
+      add<MaskedRouteRowsKernel<Device>>(type);
+    }
     for (const auto type : kGatheredTypes) add<GatherRowsKernel<Device>>(type);
     for (const auto type : Device::kMergedTypes) add<MergeRowsKernel<Device>>(type);
   }

@@ -24,6 +24,18 @@ struct Route {
   int64_t batch, rows, capacity;
 };
 
+// A linear router in front of its route.
+struct RouteRows {
+  const void* x;        // [B, S, D]
+  const float* weight;  // [D]
+  const float* bias;    // [1]
+  float* logits;        // [B, S]
+  void* workspace;      // of the device's workspace_bytes
+  ONNXTensorElementDataType element;
+  int64_t width;
+  Route route;  // of these logits
+};
+
 struct GatherRows {
   const void* x;             // [B, S, row_bytes]
   const int64_t* positions;  // [B, K]
@@ -52,7 +64,10 @@ class Cpu {
 
   explicit Cpu(const Ort::KernelContext&) {}
 
+  static size_t workspace_bytes(int64_t, int64_t) { return 0; }
+
   void run(const Route& op) const;
+  void run(const RouteRows& op) const;
   void run(const GatherRows& op) const;
   void run(const MergeRows& op) const;
 };
@@ -66,7 +81,11 @@ class Cuda {
 
   explicit Cuda(const Ort::KernelContext& context) : stream_(context.GetGPUComputeStream()) {}
 
+  // Of a RouteRows of batch rows of `rows`.
+  static size_t workspace_bytes(int64_t batch, int64_t rows);
+
   void run(const Route& op) const;
+  void run(const RouteRows& op) const;
   void run(const GatherRows& op) const;
   void run(const MergeRows& op) const;
 

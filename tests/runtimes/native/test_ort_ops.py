@@ -125,6 +125,14 @@ def run_route(session, logits, valid, capacity, constant=False):
     return run(session(name, [*given, ("capacity", TensorProto.INT64, 0)], chosen), *tensors, torch.tensor(capacity))
 
 
+def run_route_rows(session, x, weight, bias, valid, capacity):
+    given = [("x", TYPES[x.dtype], 3), ("weight", TensorProto.FLOAT, 2), ("bias", TensorProto.FLOAT, 1),
+             *([] if valid is None else [("valid", TensorProto.BOOL, 2)]), ("capacity", TensorProto.INT64, 0)]
+    made = (("logits", TensorProto.FLOAT, 2), ("positions", TensorProto.INT64, 2), ("filled", TensorProto.BOOL, 2))
+    return run(session("RouteRows" if valid is None else "MaskedRouteRows", given, made), x, weight, bias,
+               *([] if valid is None else [valid]), torch.tensor(capacity))
+
+
 def run_gather(session, x, positions):
     kind = TYPES[x.dtype]
     return run(session("GatherRows", (("x", kind, x.dim()), ("positions", TensorProto.INT64, 2)),
@@ -183,6 +191,23 @@ def test_route_on_long_rows(session, rows, capacity, values, masked):
         assert torch.equal(positions, expected[0]) and torch.equal(filled.view(torch.bool), expected[1])
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("batch", "rows", "width", "capacity"), [(1, 1, 1, 1), (3, 63, 33, 5), (2, 1024, 128, 128)])
+def test_route_rows_is_a_router_and_its_route(session, batch, rows, width, capacity, dtype, masked):
+    generator = torch.Generator().manual_seed(rows)
+    x, weight, bias = torch.randn(batch, rows, width, generator=generator).to(dtype), torch.randn(
+        width, 1, generator=generator), torch.randn(1, generator=generator)
+    valid = torch.rand(batch, rows, generator=generator) < 0.7 if masked else None
+    # Again, in memory that the last call left as it was.
+    for _ in range(2):
+        logits, positions, filled = run_route_rows(session, x, weight, bias, valid, capacity)
+        exact = x.double() @ weight.double() + bias
+        assert (logits - exact[..., 0]).abs().max() < 1e-5 * max(1, exact.abs().max())
+        expected = route(logits, valid, capacity)
+        assert torch.equal(positions, expected[0]) and torch.equal(filled.view(torch.bool), expected[1])
+
+
 @pytest.mark.parametrize("dtype", list(TYPES))
 @pytest.mark.parametrize("shape", [(2, 9), (2, 9, 5), (1, 9, 1, 7), (3, 1, 16)])
 def test_gather_rows_of_any_dtype(session, dtype, shape):
@@ -221,6 +246,8 @@ def test_merge_rows_at_its_ends_and_on_corners(session, dtype):
 def test_a_batch_of_none(session):
     positions, filled = run_route(session, torch.zeros(0, 5), None, 2)
     assert positions.shape == filled.shape == (0, 2)
+    logits, *_ = run_route_rows(session, torch.zeros(0, 5, 3), torch.zeros(3, 1), torch.zeros(1), None, 2)
+    assert logits.shape == (0, 5)
     assert run_gather(session, torch.zeros(0, 5, 3), positions).shape == (0, 2, 3)
     merged = run_merge(session, torch.zeros(0, 5, 3), torch.zeros(0, 2, 3), positions, torch.zeros(0, 2))
     assert merged.shape == (0, 5, 3)
@@ -230,6 +257,10 @@ def test_a_batch_of_none(session):
     (lambda s: run_route(s, torch.zeros(2, 5), None, 6), "from 1 to 5 rows, found 6"),
     (lambda s: run_route(s, torch.zeros(2, 5), None, 0, constant=True), "from 1 to 5 rows, found 0"),
     (lambda s: run_route(s, torch.zeros(2, 5), torch.zeros(2, 4).bool(), 2), r"valid \[2, 5\], found \[2, 4\]"),
+    (lambda s: run_route_rows(s, torch.zeros(2, 5, 3), torch.zeros(4, 1), torch.zeros(1), None, 2),
+     r"weight \[3, 1\], found \[4, 1\]"),
+    (lambda s: run_route_rows(s, torch.zeros(2, 5, 3), torch.zeros(3, 1), torch.zeros(1), None, 6),
+     "from 1 to 5 rows, found 6"),
     (lambda s: run_gather(s, torch.zeros(5), torch.tensor([[0]])), r"x \[B, S, ...\], found \[5\]"),
     (lambda s: run_gather(s, torch.zeros(2, 5, 3), torch.tensor([[0]])), r"positions \[2, K\], found \[1, 1\]"),
     (lambda s: run_merge(s, torch.zeros(1, 5, 3), torch.zeros(1, 2, 4), torch.tensor([[0, 1]]), torch.zeros(1, 2)),

@@ -4,9 +4,12 @@ from collections import Counter
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from families import family
+from modcompile.runtimes.ort.fuse import fuse_for_cuda
 from tiny import randomise_routers
 from tolerances import TOLERANCES, farthest
 
@@ -56,6 +59,48 @@ def test_it_computes_the_same_with_fewer_operators(mod, dense: bool, tmp_path: P
     assert sum(counts.values()) < sum(operators(tmp_path / "plain").values())
     assert sorted(path.name for path in (tmp_path / "fused").iterdir()) == [
         "manifest.json", "model.onnx", "model.onnx.data"]
+
+
+@pytest.mark.parametrize("gate", ["straight-through", "raw"])
+@pytest.mark.parametrize("name", ["gpt2-unmasked", "bert", "llama"])
+def test_a_norm_goes_before_the_merge_and_a_router_into_its_route(name: str, gate: str, tmp_path: Path):
+    member = family(name)
+    model = randomise_routers(mc.convert(mc.capture(member.build(), member.example()),
+                                         config=mc.MoDConfig(capacity_ratio=0.25, gate=gate)))
+    padding = member.paddings[0] if member.paddings else None
+    inputs = member.inputs(3, 63, padding, seed=2)
+    path = mc.export_onnx(model, tmp_path / "model.onnx", opset=23, shapes={k: v.shape for k, v in inputs.items()})
+    fused = fuse_for_cuda(ir.load(path), custom_ops=True)
+    ir.save(fused, tmp_path / "fused.onnx")
+    # The function bodies, for no library is registered.
+    session = onnxruntime.InferenceSession(tmp_path / "fused.onnx", providers=["CPUExecutionProvider"])
+    found = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+    with torch.no_grad():
+        expected = model.run_graph(list(inputs.values()))
+    assert farthest([torch.from_numpy(value) for value in found], expected, member.valid(inputs)) <= ORT
+
+    counts = Counter(node.op_type for node in fused.graph)
+    routed = len(model.routed_blocks)
+    assert counts["RouteRows"] + counts["MaskedRouteRows"] == routed and counts["Route"] + counts["MaskedRoute"] == 0
+    if name == "bert":
+        # Its norms end a block, inside of the merge.
+        assert counts["MergeRows"] == routed
+        return
+    # Behind the last block only the merge of normed rows is used, unless the gate needs the others.
+    assert counts["MergeRows"] == 2 * routed - (gate == "straight-through")
+    # Of all rows each sum is one operator with its norm; the one that is left stands behind the embedding.
+    plain = [node for node in fused.graph if node.op_type.endswith("LayerNormalization")
+             and not node.op_type.startswith("Skip") and node.outputs[0].shape[1] == 63]
+    assert len(plain) <= 1
+
+
+def test_a_norm_stays_behind_the_merge_of_most_rows_and_of_sizes_that_vary(tmp_path: Path):
+    member = family("gpt2-unmasked")
+    for ratio, shapes in ((0.75, {"input_ids": (3, 63)}), (0.25, None)):
+        model = mc.convert(mc.capture(member.build(), member.example()), config=mc.MoDConfig(capacity_ratio=ratio))
+        path = mc.export_onnx(model, tmp_path / "model.onnx", opset=23, shapes=shapes)
+        counts = Counter(node.op_type for node in fuse_for_cuda(ir.load(path)).graph)
+        assert counts["MergeRows"] == counts["Route"] == len(model.routed_blocks)
 
 
 def test_half_precision_is_as_near(mod, tmp_path: Path):

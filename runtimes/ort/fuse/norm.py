@@ -1,0 +1,93 @@
+"""The sum of a residual, a product and its bias, and the norm that follows, in one operator.
+
+    before:  %s: [B, S, D] = Add(%residual, Add(%o, %c));  %n = LayerNormalization(%s, %g, %d)
+    after:   %n, _, _, %s = SkipLayerNormalization(%o, %residual, %g, %d, %c)
+
+Between the sum and the norm there may be a routed block. A norm takes every row by itself, so it may come before the
+merge, on the K rows and on the others apart:
+
+    before:  %s = Add(...);  %m: [B, S, D] = MergeRows(%s, %y: [B, K, D], %positions, %gate)
+             %n = LayerNormalization(%m, %g, %d)
+    after:   %s = Add(...);  %m = MergeRows(%s, %y, %positions, %gate)
+             %rows: [B, K, D] = GatherRows(%m, %positions);  %n_rows = LayerNormalization(%rows, %g, %d)
+             %n_s = LayerNormalization(%s, %g, %d);  %n = MergeRows(%n_s, %n_rows, %positions, 1)
+
+Then the norm of all rows is fused with the sum that made them, and both merges write K rows in place. Where the gate is
+known to be 1, %rows are %y itself, and its norm is fused as well. The fused norms are onnxscript's own rewrites.
+"""
+
+__all__ = ["fuse_norms"]
+
+import numpy as np
+import onnx_ir as ir
+from onnxscript.rewriter.ort_fusions.skip_normalization import (
+    fuse_skip_layer_normalization,
+    fuse_skip_rms_normalization,
+)
+
+# B batch  S rows  K capacity  D model dim
+
+_NORMS = ("LayerNormalization", "SimplifiedLayerNormalization")
+# K of S rows at most, above which a norm of its own for them is not worth its launch.
+_MOST_ROWS = 0.5
+
+
+def fuse_norms(model: ir.Model) -> None:
+    """Rewrites a model in place."""
+    for node in list(model.graph):
+        if node.domain == "" and node.op_type == "RMSNormalization":
+            # ONNX Runtime's own name for it, by which the next rewrites know it.
+            node.op_type = "SimplifiedLayerNormalization"
+        if node.domain == "" and node.op_type in _NORMS:
+            _norm_before_merge(model.graph, node)
+    fuse_skip_layer_normalization(model)
+    fuse_skip_rms_normalization(model)
+
+
+def _norm_before_merge(graph: ir.Graph, norm: ir.Node) -> None:
+    merged = norm.inputs[0]
+    merge = merged.producer() if merged is not None else None
+    if merged is None or merge is None or merge.op_type != "MergeRows" or len(norm.outputs) != 1:
+        return
+    x, y, positions, gate = merge.inputs
+    if x is None or y is None or positions is None or gate is None or merged.dtype is None:
+        return
+    summed = x.producer()
+    if summed is None or summed.op_type != "Add" or norm.attributes.get_int("axis", -1) not in (-1, 2):
+        return
+    shapes = [value.shape for value in (x, positions)]
+    if any(shape is None or not all(isinstance(size, int) for size in shape) for shape in shapes):
+        return
+    batch, rows, capacity = (int(size) for size in (*x.shape[:2], positions.shape[1]))  # type: ignore[index]
+    if capacity > _MOST_ROWS * rows:
+        return
+    ones = ir.tensor(np.ones((batch, capacity), merged.dtype.numpy()), name=f"{norm.name}/ones")
+    one = ir.Value(name=ones.name, shape=ir.Shape(ones.shape), type=ir.TensorType(ones.dtype), const_value=ones)
+    graph.register_initializer(one)
+
+    def added(after: ir.Node, node: ir.Node, like: ir.Value) -> ir.Value:
+        graph.insert_after(after, node)
+        node.outputs[0].shape, node.outputs[0].type = like.shape, like.type
+        return node.outputs[0]
+
+    def normed(value: ir.Value, after: ir.Node, what: str) -> ir.Value:
+        copy = ir.node(norm.op_type, [value, *norm.inputs[1:]], attributes=dict(norm.attributes),
+                       name=f"{norm.name}/{what}")
+        return added(after, copy, value)
+
+    normed_x = normed(x, summed, "all")
+    if _is_one(gate):
+        normed_rows = normed(y, merge, "rows")
+    else:
+        gather = ir.node("GatherRows", [merged, positions], domain=merge.domain, name=f"{norm.name}/GatherRows")
+        normed_rows = normed(added(merge, gather, y), gather, "rows")
+    # The norm's node becomes the merge, for its output may be one of the graph's.
+    norm.op_type, norm.domain = merge.op_type, merge.domain
+    norm.attributes.clear()
+    norm.resize_inputs(4)
+    for index, value in enumerate((normed_x, normed_rows, positions, one)):
+        norm.replace_input_with(index, value)
+
+
+def _is_one(gate: ir.Value) -> bool:
+    return gate.const_value is not None and bool((gate.const_value.numpy() == 1).all())
