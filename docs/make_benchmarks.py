@@ -3,7 +3,8 @@
     python docs/make_benchmarks.py            writes both
     python docs/make_benchmarks.py --check    says whether they are what it would write
 
-Each JSON file is what ``modcompile bench --title TITLE -o FILE`` wrote.
+Each JSON file is what ``modcompile bench --title TITLE -o FILE`` wrote; those in ``kernels`` are from
+``tests/runtimes/native/bench_kernels.py``, those in ``trt86`` from ``tests/runtimes/native/trt86_bench.py``.
 """
 
 import argparse
@@ -15,14 +16,23 @@ DOCS = Path(__file__).resolve().parent
 README, PAGE = DOCS.parent / "README.md", DOCS / "benchmarks.md"
 START, END = "<!-- measured -->", "<!-- /measured -->"
 TITLES = {"dense": "dense", "dense (again)": "dense, again", "mod": "MoD", "other": "MoD, other attend_to",
-          "oracle": "oracle", "pruned": "pruned", "masked": "masked"}
+          "oracle": "oracle", "pruned": "pruned", "masked": "masked", "compile": "torch.compile"}
+# Of TensorRT 8.6, where the routed model is built in more than one way.
+TRT86_TITLES = {"dense": "dense", "plugins": "MoD, with plugins", "typed": "MoD, with plugins and the graph's types",
+                "standard": "MoD, in standard ops", "oracle": "oracle", "pruned": "pruned"}
 HEAD = """# Benchmarks
 
 Every table is from one process in which the engines took turns in random order; times are medians, in milliseconds,
 with the 10th and 90th percentile. *Dense, again* is the dense engine under a second name: how far the two are apart is
 the noise. *Oracle* takes the first K rows and has no router: no routing can be faster. *Pruned* lacks whole blocks, to
 the same FLOPs. *Masked* computes every row of every block and keeps the chosen ones, as implementations around a
-framework's layers do. Routers are random, so these tables say nothing of quality.
+framework's layers do. *torch.compile* is the dense model under `torch.compile`, with CUDA graphs on a GPU. Routers are
+random, so these tables say nothing of quality.
+
+*Largest error* is from the float32 model in PyTorch. Rounding moves some rows of some models far, and a routed engine
+in half precision ranks some rows with nearly equal logits otherwise: where rows are far from the float32 model's, their
+share stands below the table, and beside it PyTorch's own, on the same graph in the same precision. *Engine MB* is the
+engine on disk, *GPU MB* what the GPU's memory holds for it after a run.
 
 This page is written by `docs/make_benchmarks.py` from `docs/benchmarks/*.json`.
 """
@@ -32,14 +42,36 @@ def rows(report: dict) -> list[str]:
     """The table of one report, as lines of Markdown."""
     dense = report["timings"].get("dense")
     on_gpu = any(timing["device_bytes"] is not None for timing in report["timings"].values())
-    lines = [f"| | GFLOP | median ms | p10 | p90 | dense/this | largest error |{' GPU MB |' if on_gpu else ''}",
-             f"|---|---|---|---|---|---|---|{'---|' if on_gpu else ''}"]
+    lines = [f"| | GFLOP | median ms | p10 | p90 | dense/this | largest error | engine MB |"
+             f"{' GPU MB |' if on_gpu else ''}", f"|---|---|---|---|---|---|---|---|{'---|' if on_gpu else ''}"]
     for name, timing in report["timings"].items():
         share = f"{dense['median_ms'] / timing['median_ms']:.2f}" if dense else ""
         lines.append(f"| {TITLES[name]} | {timing['flops'] / 1e9:.3g} | {timing['median_ms']:.4g} | "
                      f"{timing['p10_ms']:.4g} | {timing['p90_ms']:.4g} | {share} | {timing['max_abs_error']:.1g} |"
-                     + (f" {timing['device_bytes'] / 1e6:.0f} |" if on_gpu else ""))
+                     f" {megabytes(timing['folder_bytes'])} |"
+                     + (f" {megabytes(timing['device_bytes'])} |" if on_gpu else ""))
     return lines
+
+
+def megabytes(size: int | None) -> str:
+    """A size, or nothing where there is none."""
+    return "" if size is None else f"{size / 1e6:.0f}"
+
+
+def notes(report: dict) -> list[str]:
+    """What stands below the table: far rows and memory of variants that have any, and variants without figures."""
+    lines = []
+    for name, timing in report["timings"].items():
+        # Figures of before these were told have none.
+        if timing.get("far_rows"):
+            lines.append(f"{TITLES[name]}: {timing['far_rows']:.2%} of the rows are far from the float32 model's, in "
+                         f"PyTorch {timing['torch_far_rows'] or 0:.2%}.")
+        if timing.get("activation_bytes") is not None:
+            lines.append(f"{TITLES[name]}: {megabytes(timing['weight_bytes'])} MB of weights, "
+                         f"{megabytes(timing['activation_bytes'])} MB of activations.")
+    lines += [f"{TITLES[name]}: no figures, {message.splitlines()[0]}."
+              for name, message in report.get("failed", {}).items()]
+    return [*lines, ""] if lines else []
 
 
 def place(report: dict) -> str:
@@ -62,7 +94,7 @@ def section(report: dict) -> str:
     routing = report["routing_us_per_block"]
     return "\n".join([
         f"## {report['title']}", "", f"{machine(report)}; {report['precision']}, {report['rounds']} rounds.", "",
-        *rows(report), "",
+        *rows(report), "", *notes(report),
         ratios + ("." if routing is None else f"; routing costs {routing:.0f} us in each routed block."), "",
         f"K = {', '.join(map(str, sorted(set(report['capacities'].values()))))} in {len(report['capacities'])} blocks, "
         f"attend_to {config['attend_to']}, gate {config['gate']}. Load average before it began: "
@@ -82,6 +114,33 @@ def kernels(report: dict) -> str:
     return "\n".join([*lines, "", "```sh", "python tests/runtimes/native/bench_kernels.py -o kernels.json", "```", ""])
 
 
+def trt86(report: dict) -> str:
+    """Engines of TensorRT 8.6, which tests/runtimes/native/trt86_bench.py timed."""
+    model, figures = report["model"], report["variants"]
+    lines = [f"## {report['title']}, TensorRT {report['machine']['tensorrt']}, {report['machine']['gpu']}", "",
+             f"{report['precision']}, ONNX of opset {model['opset']}. Each engine is saved, and loaded again for every "
+             "round in a process of its own; medians of rounds that go through the engines in random order. *Spread* "
+             "is from the fastest round to the slowest. *Far rows* differ from the float32 model by more than 5 %.", "",
+             "| | median ms | spread ms | build s | engine MB | GPU MB | layers | reformats | far rows |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    for name, figure in sorted(figures.items(), key=lambda item: list(TRT86_TITLES).index(item[0])):
+        far, layers = figure["far_rows"], figure["layers"]
+        times = f"{figure['median_ms']:.3f} | {figure['spread_ms']:.3f}" if figure["times_ms"] else "not timed | "
+        lines.append(f"| {TRT86_TITLES[name]} | {times} | {figure['build_s']:.0f} | {figure['engine_mb']:.0f} | "
+                     f"{figure['device_mb']:.0f} | {sum(layers.values())} | {layers.get('Reformat', 0)} | "
+                     f"{'' if far is None else f'{far:.2%}'} |")
+    ratios = ", ".join(f"{name} {value:.3f}" for name, value in report.get("ratios", {}).items())
+    routing = report.get("routing_us_per_block")
+    how = ", ".join(sorted({{"graph": "as a CUDA graph", "enqueue": "without a CUDA graph"}[figure["how"]]
+                            for figure in figures.values() if figure["how"]}))
+    if ratios:
+        lines += ["", ratios + ("." if routing is None else f"; routing costs {routing:.0f} us in each routed block.")]
+    return "\n".join([
+        *lines, "", f"K = {model['capacity']} in {len(model['routed_blocks'])} of {model['blocks']} blocks, attend_to "
+        f"{model['attend_to']}, gate {model['gate']}; run {how or 'not at all'}.", "",
+        "```sh", report["command"], "```", ""])
+
+
 def summary(reports: list[dict]) -> str:
     """The table of the README: one line a report."""
     lines = ["| ms | machine | dense | MoD | oracle | pruned | dense/MoD | oracle/MoD |",
@@ -90,19 +149,21 @@ def summary(reports: list[dict]) -> str:
         times = {name: f"{timing['median_ms']:.4g}" for name, timing in report["timings"].items()}
         lines.append(f"| {report['title']} | {place(report)} | "
                      + " | ".join(times.get(name, "") for name in ("dense", "mod", "oracle", "pruned"))
-                     + f" | {report['ratios']['dense/MoD']:.2f} | {report['ratios']['oracle/MoD']:.2f} |")
+                     + "".join(f" | {report['ratios'][name]:.2f}" if name in report["ratios"] else " | "
+                               for name in ("dense/MoD", "oracle/MoD")) + " |")
     return "\n".join(lines)
 
 
 def written() -> dict[Path, str]:
     """The text of every file that comes from figures."""
-    reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((DOCS / "benchmarks").glob("*.json"))]
-    measured = [json.loads(path.read_text(encoding="utf-8"))
-                for path in sorted((DOCS / "benchmarks" / "kernels").glob("*.json"))]
+    reports, measured, native = (
+        [json.loads(path.read_text(encoding="utf-8")) for path in sorted((DOCS / "benchmarks" / part).glob("*.json"))]
+        for part in ("", "kernels", "trt86"))
     readme = README.read_text(encoding="utf-8")
     before, rest = readme.split(START)
     after = rest.split(END)[1]
-    return {PAGE: "\n".join([HEAD, *map(section, reports), *map(kernels, measured)]).rstrip() + "\n",
+    parts = [HEAD, *map(section, reports), *map(trt86, native), *map(kernels, measured)]
+    return {PAGE: "\n".join(parts).rstrip() + "\n",
             README: f"{before}{START}\n{summary(reports)}\n{END}{after}"}
 
 

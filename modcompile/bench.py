@@ -4,35 +4,40 @@ The engines run in one process, taking turns in random order, so that a slow mom
 dense engine takes part twice, under two names: how far the two are apart is the noise of every other figure.
 
 The engines run where the model's tensors are: on a GPU the inputs lie there too, and times are between two events on
-its stream.
+its stream, see ``modcompile.turns``. Engines hand over outputs that are the caller's own, as ``Engine.run`` says, and
+the copy counts; ``torch.compile`` hands over what its next run overwrites.
 """
 
-__all__ = ["VARIANTS", "BenchReport", "Timing", "benchmark"]
+__all__ = ["USUAL", "VARIANTS", "benchmark"]
 
 import contextlib
 import copy
 import dataclasses
+import functools
 import os
 import platform
-import random
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 import modcompile
+from modcompile.bench_check import Agreement, check, inputs_for
+from modcompile.bench_report import AGAIN, TITLES, BenchReport, Timing
+from modcompile.compiled import CompiledModel
 from modcompile.convert import padding_mask
 from modcompile.engine import Engine, build_engine, load_engine, load_options
 from modcompile.errors import UsageError
 from modcompile.flops import count_flops
+from modcompile.manifest import MANIFEST_NAME
 from modcompile.model import GraphModel, MoDModel
 from modcompile.sample_inputs import index_limits, sample_inputs, symbol_sizes
 from modcompile.saving import load
+from modcompile.turns import longest_kernels, take_turns
 from modcompile.variants import (
     dense_model,
     masked_model,
@@ -41,142 +46,21 @@ from modcompile.variants import (
     pruned_blocks,
     pruned_model,
 )
-from modcompile.verify import VerifyReport, verify
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-# "other" is the routed model with the other attend_to, "masked" the one that computes every row and keeps the chosen.
-VARIANTS = ("dense", "mod", "other", "oracle", "pruned", "masked")
+# "other" is the routed model with the other attend_to, "masked" the one that computes every row and keeps the chosen,
+# "compile" the dense model under torch.compile.
+VARIANTS = ("dense", "mod", "oracle", "pruned", "other", "masked", "compile")
 USUAL = ("dense", "mod", "oracle", "pruned")
-AGAIN = "dense (again)"
-TITLES = {"dense": "dense", AGAIN: AGAIN, "mod": "MoD", "other": "MoD, other attend_to", "oracle": "oracle",
-          "pruned": "pruned", "masked": "masked"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """One engine's figures.
-
-    Attributes:
-        variant: "dense (again)", or one of ``VARIANTS``.
-        flops: Of one call, counted from the graph.
-        times_ms: Each run, in the order of the rounds.
-        max_abs_error: How far its outputs are from its model's in PyTorch, at most; ``relative_l2``: on the whole.
-        folder_bytes: The size of the engine's folder.
-        device_bytes: What the GPU's memory lost when the engine was loaded and had run once; None on a CPU.
-    """
-
-    variant: str
-    flops: int
-    times_ms: tuple[float, ...]
-    max_abs_error: float
-    relative_l2: float
-    folder_bytes: int
-    device_bytes: int | None
-
-    @property
-    def median_ms(self) -> float:
-        """The time that half of the runs took at most."""
-        return statistics.median(self.times_ms)
-
-    def percentile_ms(self, percent: float) -> float:
-        """The time that ``percent`` of the runs took at most."""
-        return float(np.percentile(self.times_ms, percent))
-
-
-@dataclasses.dataclass(frozen=True)
-class BenchReport:
-    """Engines timed side by side.
-
-    Attributes:
-        runtime: The runtime; ``precision``, ``shapes`` and ``options``: what the engines were built with.
-        config: The conversion's options.
-        capacities: K of each routed block.
-        pruned: The blocks that the pruned model lacks.
-        routers: Where the routers' weights came from.
-        routing: Near ties that the engine decided unlike the model, see ``modcompile.verify``.
-        machine: What the figures were taken on; ``load_average``: how many processes wanted a core before it began.
-        rounds: How many times each engine ran, after ``warmup`` times that do not count.
-        timings: By variant, in the order of the table.
-    """
-
-    runtime: str
-    precision: str
-    shapes: dict[str, tuple[int, ...]]
-    options: dict[str, Any]
-    config: dict[str, Any]
-    capacities: dict[str, int]
-    pruned: tuple[str, ...]
-    routers: str
-    routing: tuple[str, ...]
-    machine: dict[str, Any]
-    rounds: int
-    warmup: int
-    timings: dict[str, Timing]
-
-    @property
-    def ratios(self) -> dict[str, float]:
-        """Ratios of medians: how many times as long as the routed engine, or as the dense one, another takes."""
-        pairs = [("dense", "mod"), ("oracle", "mod"), ("pruned", "mod"), (AGAIN, "dense")]
-        return {f"{TITLES[a]}/{TITLES[b]}": self.timings[a].median_ms / self.timings[b].median_ms
-                for a, b in pairs if a in self.timings and b in self.timings}
-
-    @property
-    def routing_us(self) -> float | None:
-        """Microseconds that routing costs in each routed block: by how much the routed engine exceeds the oracle."""
-        if "oracle" not in self.timings or "mod" not in self.timings or not self.capacities:
-            return None
-        return (self.timings["mod"].median_ms - self.timings["oracle"].median_ms) * 1e3 / len(self.capacities)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as JSON-ready values; it holds no date and no path of this machine."""
-        made = dataclasses.asdict(self)
-        for name, timing in self.timings.items():
-            made["timings"][name] |= {"median_ms": timing.median_ms, **{
-                f"p{percent}_ms": timing.percentile_ms(percent) for percent in (10, 25, 75, 90)}}
-            made["timings"][name]["times_ms"] = [round(value, 4) for value in timing.times_ms]
-        return {**made, "ratios": self.ratios, "routing_us_per_block": self.routing_us}
-
-    def __rich__(self) -> "RenderableType":
-        from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table("", box=None, header_style="bold", pad_edge=False)
-        on_gpu = any(timing.device_bytes is not None for timing in self.timings.values())
-        for column in ("GFLOP", "median ms", "p10", "p90", "dense/this", "largest error",
-                       *(["GPU MB"] if on_gpu else [])):
-            table.add_column(column, justify="right")
-        dense = self.timings.get("dense")
-        for name, timing in self.timings.items():
-            table.add_row(TITLES[name], f"{timing.flops / 1e9:.3g}", f"{timing.median_ms:.4g}",
-                          *(f"{timing.percentile_ms(percent):.4g}" for percent in (10, 90)),
-                          f"{dense.median_ms / timing.median_ms:.2f}" if dense else "", f"{timing.max_abs_error:.1g}",
-                          *([f"{timing.device_bytes / 1e6:.0f}"] if timing.device_bytes is not None else []))
-        shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in self.shapes.items())
-        machine = self.machine
-        place = machine["gpu"] or f"{machine['cores']} cores of {machine['cpu']}"
-        head = f"{self.runtime} {machine['runtime_version']}, {self.precision}, {shapes}; {place}; {self.rounds} rounds"
-        ratios = "   ".join(f"{name} {value:.3f}" for name, value in self.ratios.items())
-        return Group(Text(head), table, Text("\n".join([ratios, *self._notes()])))
-
-    def _notes(self) -> list[str]:
-        counts = ", ".join(map(str, sorted(set(self.capacities.values()))))
-        notes = [f"K = {counts} in {len(self.capacities)} routed blocks; routers: {self.routers}", *self.routing]
-        if self.routing_us is not None:
-            notes.append(f"routing: {self.routing_us:.0f} us in each routed block")
-        if self.pruned:
-            notes.append(f"pruned: {', '.join(self.pruned)}")
-        if self.machine["load_average"] > self.machine["cores"] / 2:
-            notes.append(f"the machine was busy: load average {self.machine['load_average']:.1f} before it began")
-        return notes
+# Without these two there is nothing to compare. The routed one goes first: if it is wrong, nothing else is worth it.
+_NEEDED = ("mod", "dense")
+_ROUTED = ("mod", "other", "masked")
 
 
 def benchmark(mod: MoDModel | str | os.PathLike, *, runtime: str = "ort",
               shapes: Mapping[str, Sequence[int]] | None = None, precision: str = "fp32",
               variants: Sequence[str] = USUAL, runs: int = 30, warmup: int = 3, seed: int = 0,
               options: Mapping[str, Any] | None = None, folder: str | os.PathLike | None = None,
+              keep_going: bool = False, limit_s: float | None = None, profile: int = 0,
               progress: Callable[[str], None] | None = None) -> BenchReport:
     """Builds an engine of each variant at static shapes, checks every one against its model, and times them in turns.
 
@@ -188,12 +72,18 @@ def benchmark(mod: MoDModel | str | os.PathLike, *, runtime: str = "ort",
         runtime: As for ``build_engine``.
         shapes: Shapes by input name; they fix the size of every symbol.
         precision: "fp32", "fp16" or "bf16".
-        variants: What to time: some of ``VARIANTS``.
+        variants: What to time: some of ``VARIANTS``. After the routed and the dense one they are built in this order.
         runs: How many times each engine runs.
         warmup: How many times it runs before that.
         seed: Of inputs, random routers and the order of turns.
-        options: Of ``build_engine``, the same for all.
-        folder: Where the engines go, one folder each, which must not exist; by default they are temporary.
+        options: Of ``build_engine``, the same for all. On a GPU the runtime's own engines for it are the default, see
+            ``device_options``; the report has all of them.
+        folder: Where the engines go, one folder each; by default they are temporary. One that is there already is
+            loaded, and checked like a new one.
+        keep_going: A variant other than the routed and the dense one that cannot be built, or is wrong, is reported
+            among those that failed, and the others are timed.
+        limit_s: After so many seconds no further engine is built; what is left out is reported.
+        profile: How many of each engine's longest kernels to report; on a GPU alone.
         progress: Called with what is being done.
 
     Raises:
@@ -204,61 +94,192 @@ def benchmark(mod: MoDModel | str | os.PathLike, *, runtime: str = "ort",
         >>> benchmark(mod, shapes={"input_ids": (8, 256)}).ratios["oracle/MoD"]  # doctest: +SKIP
         0.97
     """
-    unknown = [name for name in variants if name not in VARIANTS]
-    if unknown or not variants or min(runs, warmup) < 0 or runs < 1:
-        raise UsageError("variants or runs do not fit", expected=f"some of {', '.join(VARIANTS)}, and runs >= 1",
-                         found=f"variants {list(variants)}, runs {runs}, warmup {warmup}", where="benchmark")
-    say = progress or (lambda text: None)
+    start_s, say = time.perf_counter(), progress or (lambda text: None)
+    _check_counts(variants, runs, warmup)
     mod = mod if isinstance(mod, MoDModel) else load(mod)
     device = next((tensor.device for tensor in mod.tensors().values()), torch.device("cpu"))
+    if profile and device.type != "cuda":
+        raise UsageError("only a GPU's kernels can be listed", expected="a model on a GPU", found=f"one on {device}",
+                         where="benchmark, argument profile", fix="leave it out, or move the model to a GPU")
     machine = _machine(device)
     mod, routers = _with_routers(mod, seed)
     inputs, sizes = _inputs(mod, shapes or {}, seed)
     say("counting FLOPs")
     dropped = pruned_blocks(mod, sizes) if "pruned" in variants else []
-    make: dict[str, Callable[[], GraphModel]] = {
-        "dense": lambda: dense_model(mod), "mod": lambda: mod, "oracle": lambda: oracle_model(mod),
-        "pruned": lambda: pruned_model(mod, dropped), "masked": lambda: masked_model(mod),
-        "other": lambda: other_attention_model(mod)}
+    given = {**device_options(runtime, device), **(options or {})}
     with contextlib.ExitStack() as stack:
         home = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
-        engines: dict[str, Engine] = {}
-        flops: dict[str, int] = {}
-        checks: dict[str, VerifyReport] = {}
-        device_bytes: dict[str, int | None] = {}
-        # The routed one first: if it is wrong, nothing else is worth building.
-        for name in sorted(set(variants), key=lambda name: (name != "mod", VARIANTS.index(name))):
-            model = make[name]()
-            say(f"building the {TITLES[name]} engine")
-            engine = build_engine(model, home / name, runtime=runtime, precision=precision, shapes={
-                key: value.shape for key, value in inputs.items()}, **(options or {}))
-            if device.type == "cuda":
-                # Once more, so that what the build left behind does not count.
-                engine.close()
-                engine, device_bytes[name] = _reloaded(home / name, engine.runtime, inputs, device, options or {})
-            engines[name] = stack.enter_context(engine)
-            say(f"checking the {TITLES[name]} engine")
-            checks[name] = verify(model, engine, inputs, options=options)
-            flops[name] = count_flops(model, sizes)
-        if "dense" in engines:
-            engines[AGAIN], device_bytes[AGAIN] = engines["dense"], device_bytes.get("dense")
-            flops[AGAIN], checks[AGAIN] = flops["dense"], checks["dense"]
-        times = _take_turns(engines, _on_device(inputs, device), runs, warmup, seed, say)
-        some = next(iter(engines.values()))
-        machine["runtime_version"] = some.manifest.runtime_version
-        folder_bytes = {name: sum(path.stat().st_size for path in engine.folder.rglob("*") if path.is_file())
-                        for name, engine in engines.items()}
-    timings = {name: Timing(name, flops[name], tuple(times[name]),
-                            max(item.max_abs_error for item in checks[name].outputs),
-                            max(item.relative_l2 for item in checks[name].outputs),
-                            folder_bytes[name], device_bytes.get(name))
-               for name in TITLES if name in engines}
+        workshop = _Workshop(mod, tuple(dropped), runtime, precision, inputs, sizes, device, given, home, say)
+        entries, failed = _enter(workshop, variants, keep_going, start_s, limit_s)
+        for entry in entries.values():
+            stack.enter_context(entry.engine)
+        calls = {name: functools.partial(entry.engine.run, inputs_for(entry.engine, inputs, device))
+                 for name, entry in entries.items()}
+        times = take_turns(calls, device, rounds=runs, warmup=warmup, seed=seed, say=say)
+        kernels = {name: longest_kernels(call, profile) for name, call in calls.items() if profile}
+        some = next((entry.engine for name, entry in entries.items() if name != "compile"), None)
+        machine["runtime_version"] = some.manifest.runtime_version if some else torch.__version__
+    timings = {name: entries[name].timing(name, times[name], kernels.get(name, ()))
+               for name in TITLES if name in entries}
     return BenchReport(
         runtime=runtime, precision=precision, shapes={name: value.shape for name, value in inputs.items()},
-        options=dict(options or {}), config=mod.config.model_dump(mode="json"),
+        options=given, config=mod.config.model_dump(mode="json"),
         capacities={block.path: block.at(sizes).capacity or 0 for block in mod.routed_blocks}, pruned=tuple(dropped),
-        routers=routers, routing=tuple(str(item) for check in checks.values() for item in check.routing),
-        machine=machine, rounds=runs, warmup=warmup, timings=timings)
+        routers=routers, routing=tuple(item for entry in entries.values() for item in entry.agreement.routing),
+        machine=machine, rounds=runs, warmup=warmup, timings=timings, failed=failed,
+        loaded=tuple(name for name, timing in timings.items() if timing.build_s is None))
+
+
+def device_options(runtime: str, device: torch.device) -> dict[str, Any]:
+    """Options of ``build_engine`` that make the fastest engine for a GPU; none for a CPU.
+
+    Example:
+        >>> device_options("aoti", torch.device("cuda", 0))
+        {'device': 'cuda:0', 'autotune': True}
+    """
+    if device.type != "cuda":
+        return {}
+    if runtime == "ort":
+        cuda = ("CUDAExecutionProvider", {"device_id": device.index}) if device.index else "CUDAExecutionProvider"
+        return {"providers": [cuda, "CPUExecutionProvider"], "cuda_graph": True}
+    if runtime == "aoti":
+        # It records a CUDA graph wherever it can.
+        return {"device": str(device), "autotune": True}
+    return load_options(runtime, {"cuda_graph": True})
+
+
+def _check_counts(variants: Sequence[str], runs: int, warmup: int) -> None:
+    unknown = [name for name in variants if name not in VARIANTS]
+    if unknown or not variants or min(runs, warmup) < 0 or runs < 1:
+        raise UsageError("variants or runs do not fit", expected=f"some of {', '.join(VARIANTS)}, and runs >= 1",
+                         found=f"variants {list(variants)}, runs {runs}, warmup {warmup}", where="benchmark")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """A variant that is ready to be timed."""
+
+    engine: Engine
+    flops: int
+    agreement: Agreement
+    build_s: float | None
+    folder_bytes: int | None
+    device_bytes: int | None
+
+    def timing(self, variant: str, times_ms: Sequence[float], kernels: tuple) -> Timing:
+        # Where a runtime tells its memory apart, its engines have these attributes.
+        weights, activations = (getattr(self.engine, name, None) for name in ("weight_bytes", "activation_bytes"))
+        return Timing(variant, self.flops, tuple(times_ms), self.agreement.max_abs_error, self.agreement.relative_l2,
+                      self.agreement.far_rows, self.agreement.torch_far_rows, self.build_s, self.folder_bytes,
+                      self.device_bytes, weights, activations, kernels)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Workshop:
+    """Makes the variants, each with its model, at one size and with one set of options."""
+
+    mod: MoDModel
+    dropped: tuple[str, ...]
+    runtime: str
+    precision: str
+    inputs: dict[str, np.ndarray]
+    sizes: dict[str, int]
+    device: torch.device
+    options: dict[str, Any]
+    home: Path
+    say: Callable[[str], None]
+
+    def make(self, variant: str) -> _Entry:
+        """Builds, or loads, an engine and checks it."""
+        model = self._model(variant)
+        start_s = time.perf_counter()
+        loaded = variant != "compile" and (self.home / variant / MANIFEST_NAME).exists()
+        self.say(f"{'loading' if loaded else 'building'} the {TITLES[variant]} engine")
+        folder = self.home / variant
+        folder_bytes: int | None = None
+        device_bytes: int | None = None
+        if variant == "compile":
+            engine: Engine = CompiledModel(model, self.precision, self._shapes())
+        elif loaded:
+            engine = self._load(folder)
+        else:
+            engine = build_engine(model, folder, runtime=self.runtime, precision=self.precision, shapes=self._shapes(),
+                                  **self.options)
+        build_s = None if loaded else time.perf_counter() - start_s
+        if isinstance(engine, CompiledModel):
+            if engine.activation_bytes is not None:
+                device_bytes = engine.weight_bytes + engine.activation_bytes
+        else:
+            if self.device.type == "cuda":
+                # Once more, so that what the build left behind does not count.
+                engine.close()
+                engine, device_bytes = self._weighed(folder)
+            folder_bytes = sum(path.stat().st_size for path in engine.folder.rglob("*") if path.is_file())
+        try:
+            self.say(f"checking the {TITLES[variant]} engine")
+            agreement = check(model, engine, self.inputs, routed=variant in _ROUTED, options=self.options)
+            return _Entry(engine, count_flops(model, self.sizes), agreement, build_s, folder_bytes, device_bytes)
+        except BaseException:
+            engine.close()
+            raise
+
+    def _model(self, variant: str) -> GraphModel:
+        make: dict[str, Callable[[], GraphModel]] = {
+            "dense": lambda: dense_model(self.mod), "mod": lambda: self.mod, "oracle": lambda: oracle_model(self.mod),
+            "pruned": lambda: pruned_model(self.mod, self.dropped), "masked": lambda: masked_model(self.mod),
+            "other": lambda: other_attention_model(self.mod), "compile": lambda: dense_model(self.mod)}
+        return make[variant]()
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: value.shape for name, value in self.inputs.items()}
+
+    def _load(self, folder: Path) -> Engine:
+        engine = load_engine(folder, **load_options(self.runtime, self.options))
+        if (engine.runtime, engine.manifest.precision) != (self.runtime, self.precision):
+            engine.close()
+            raise UsageError("the engine that is there is of another kind", where=folder,
+                             expected=f"{self.runtime}, {self.precision}",
+                             found=f"{engine.runtime}, {engine.manifest.precision}",
+                             fix="name another folder, or remove this one")
+        return engine
+
+    def _weighed(self, folder: Path) -> tuple[Engine, int]:
+        """The engine, opened again, and how much of the GPU's memory it then takes."""
+        before = self._free_bytes()
+        engine = self._load(folder)
+        engine.run(inputs_for(engine, self.inputs, self.device))
+        return engine, before - self._free_bytes()
+
+    def _free_bytes(self) -> int:
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self.device)[0]
+
+
+def _enter(workshop: _Workshop, variants: Sequence[str], keep_going: bool, start_s: float, limit_s: float | None,
+           ) -> tuple[dict[str, _Entry], dict[str, str]]:
+    """Makes the variants, and gives the reason for each that could not be made."""
+    asked = dict.fromkeys(variants)
+    entries: dict[str, _Entry] = {}
+    failed: dict[str, str] = {}
+    try:
+        for variant in sorted(asked, key=lambda name: _NEEDED.index(name) if name in _NEEDED else len(_NEEDED)):
+            if entries and limit_s is not None and time.perf_counter() - start_s > limit_s:
+                failed[variant] = f"not built: {limit_s:g} s had passed"
+                continue
+            try:
+                entries[variant] = workshop.make(variant)
+            except Exception as error:
+                if not keep_going or variant in _NEEDED:
+                    raise
+                failed[variant] = str(error).strip() or type(error).__name__
+    except BaseException:
+        for entry in entries.values():
+            entry.engine.close()
+        raise
+    if "dense" in entries:
+        entries[AGAIN] = entries["dense"]
+    return entries, failed
 
 
 def _with_routers(mod: MoDModel, seed: int) -> tuple[MoDModel, str]:
@@ -286,61 +307,6 @@ def _inputs(mod: MoDModel, shapes: Mapping[str, Sequence[int]], seed: int,
                          fix=f'for example shapes={{"{mod.inputs[0].name}": (8, 256)}}')
     return sample_inputs(mod.inputs, shapes, limits=index_limits(mod), seed=seed,
                          padding_mask=padding_mask(mod, mod.config)), sizes
-
-
-def _on_device(inputs: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Any]:
-    if device.type == "cpu":
-        return dict(inputs)
-    return {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
-
-
-def _reloaded(folder: Path, runtime: str, inputs: Mapping[str, np.ndarray], device: torch.device,
-              options: Mapping[str, Any]) -> tuple[Engine, int]:
-    """The engine, opened again, and how much of the GPU's memory it then takes."""
-    def free_bytes() -> int:
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-
-    given = _on_device(inputs, device)
-    before = free_bytes()
-    engine = load_engine(folder, **load_options(runtime, options))
-    results = engine.run(given)
-    torch.cuda.synchronize(device)
-    del results
-    return engine, before - free_bytes()
-
-
-def _take_turns(engines: Mapping[str, Engine], inputs: Mapping[str, Any], runs: int, warmup: int, seed: int,
-                say: Callable[[str], None]) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in engines}
-    order = list(engines)
-    shuffle = random.Random(seed).shuffle
-    measure = _event_ms if any(isinstance(value, torch.Tensor) for value in inputs.values()) else _wall_ms
-    for turn in range(-warmup, runs):
-        say(f"round {turn + 1} of {runs}" if turn >= 0 else "warming up")
-        shuffle(order)
-        for name in order:
-            taken_ms = measure(engines[name], inputs)
-            if turn >= 0:
-                times[name].append(taken_ms)
-    return times
-
-
-def _wall_ms(engine: Engine, inputs: Mapping[str, Any]) -> float:
-    start_s = time.perf_counter()
-    engine.run(inputs)
-    return (time.perf_counter() - start_s) * 1e3
-
-
-def _event_ms(engine: Engine, inputs: Mapping[str, Any]) -> float:
-    """From the moment the GPU could begin to the moment it is done: what the host takes to launch counts."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    engine.run(inputs)
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
 
 
 def _machine(device: torch.device) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The command line on tiny models: each verb once for real, exit codes, messages, and what goes to which stream."""
 
 import dataclasses
+import inspect
 import json
 import re
 import typing
@@ -360,11 +361,11 @@ def test_verify(call, report, converted, dense, engine, tmp_path):
 
 def test_bench(call, report, dense, converted, tmp_path):
     found = report("bench", dense, "--shape", "input_ids=3x17", "--capacity-ratio", "0.5", "--runs", "2",
-                   "--threads", "1", "-o", tmp_path / "out.json")
+                   "--option", "intra_op_threads=1", "-o", tmp_path / "out.json")
     kept = json.loads((tmp_path / "out.json").read_text())
     assert kept.pop("title") == str(dense) and kept.pop("command").startswith("modcompile bench ")
     assert found == kept
-    assert found["config"]["capacity_ratio"] == 0.5
+    assert (found["config"]["capacity_ratio"], found["options"]) == (0.5, {"intra_op_threads": 1})
     assert {"dense", "mod", "oracle", "pruned"} <= found["timings"].keys()
     assert {"dense/MoD", "oracle/MoD"} <= found["ratios"].keys()
     code, out, _ = call("bench", converted, "--shape", "input_ids=3x17", "--runs", "1", "--variants", "mod")
@@ -373,6 +374,87 @@ def test_bench(call, report, dense, converted, tmp_path):
     code, _, err = call("bench", converted)
     assert code == 2
     assert "no size for" in err
+
+
+def test_bench_hands_over_what_was_asked(call, converted, tmp_path, monkeypatch):
+    asked = []
+
+    def benchmark(model, **options):
+        asked.append(options)
+        raise UsageError("enough")
+
+    monkeypatch.setattr(modcompile, "benchmark", benchmark)
+    assert call("bench", converted, "--runtime", "aoti", "--precision", "fp16", "--variants", "dense, mod,compile",
+                "--engines", tmp_path, "--keep-going", "--limit-s", "30", "--profile", "4",
+                "--option", "autotune=false", "--option", "device=cpu")[0] == 2
+    del asked[0]["progress"]
+    assert asked == [{"runtime": "aoti", "precision": "fp16", "shapes": None, "runs": 30, "seed": 0,
+                      "variants": ["dense", "mod", "compile"], "options": {"autotune": False, "device": "cpu"},
+                      "folder": tmp_path, "keep_going": True, "limit_s": 30, "profile": 4}]
+
+
+def test_bench_shows_examples(call):
+    out = call("bench", "--help")[1]
+    assert len(re.findall(r"^ *modcompile bench ", out, re.MULTILINE)) == 3
+    assert "--variants dense,mod,oracle,pruned,compile" in out
+
+
+def test_bench_lists_no_kernels_of_a_cpu(call, converted):
+    code, _, err = call("bench", converted, "--shape", "input_ids=3x17", "--profile", "3")
+    assert (code, "only a GPU's kernels can be listed" in err) == (2, True)
+
+
+@pytest.mark.parametrize("verb", ["build", "run", "verify", "bench"])
+def test_options_go_to_the_runtime(call, report, dense, converted, engine, tmp_path, verb):
+    line = {"build": [converted, "-o", tmp_path / "out"], "run": [engine, "--random"], "verify": [converted, engine],
+            "bench": [converted, "--shape", "input_ids=3x17", "--runs", "1", "--variants", "mod"]}[verb]
+    assert report(verb, *line, "--option", "intra_op_threads=1", "--option", 'session_config={"session.x": "1"}')
+    code, _, err = call(verb, *line, "--option", "intra_op_thread=1", *(["--overwrite"] if verb == "build" else []))
+    assert code == 2
+    assert "there is no such option" in err and "did you mean intra_op_threads?" in err
+    code, _, err = call(verb, *line, "--option", "intra_op_threads=0", *(["--overwrite"] if verb == "build" else []))
+    assert (code, "a number of threads" in err) == (2, True)
+
+
+@pytest.mark.parametrize("texts, message", [
+    (["intra_op_threads"], "NAME=VALUE"),
+    (["=2"], "NAME=VALUE"),
+    (["--intra=2"], "NAME=VALUE"),
+    (["x=1", "x=2"], "x is given twice"),
+    (["cuda_graph=True"], "fix: --option cuda_graph=true"),
+    (["cuda_graph=None"], "fix: --option cuda_graph=null"),
+])
+def test_options_that_cannot_be_read(texts, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        options.read_options(texts)
+
+
+def test_options_are_json_or_text():
+    assert options.read_options(None) == {}
+    assert options.read_options(["a=2", "b=true", "c=null", 'd=["x", 1]', "e=build/x=y.so", "f=", 'g="2"', "h=cuda:1",
+                                 ]) == {"a": 2, "b": True, "c": None, "d": ["x", 1], "e": "build/x=y.so", "f": "",
+                                        "g": "2", "h": "cuda:1"}
+
+
+def test_build_takes_an_option_once(call, dense, tmp_path):
+    code, _, err = call("build", dense, "-o", tmp_path / "x", "--device", "cpu", "--option", "device=cpu")
+    assert (code, "the option device is given twice" in err) == (2, True)
+
+
+def test_a_verb_that_takes_a_conversion_gets_what_was_given():
+    asked = []
+
+    @options.takes_conversion
+    def verb(model: str, conversion: options.Conversion, count: int = 3) -> None:
+        """What it does."""
+        asked.append((model, conversion, count))
+
+    names = list(inspect.signature(verb).parameters)
+    assert names == ["model", *MoDConfig.model_fields, "count"] == list(verb.__annotations__)
+    assert verb.__doc__ == "What it does."
+    verb(model="m", **dict.fromkeys(MoDConfig.model_fields), count=4)
+    verb(model="m", **dict.fromkeys(MoDConfig.model_fields) | {"gate": "tanh"})
+    assert asked == [("m", {}, 4), ("m", {"gate": "tanh"}, 3)]
 
 
 def test_report(call, report, converted, dense):

@@ -1,6 +1,6 @@
 """Verbs on engines: build, run, verify, bench."""
 
-__all__ = ["bench", "build", "run", "verify"]
+__all__ = ["BENCH_EXAMPLES", "bench", "build", "run", "verify"]
 
 import json
 import os
@@ -41,6 +41,7 @@ def build(
         metavar="FILE", help="The custom-op library for ONNX Runtime, which goes into the engine folder.")] = None,
     device: Annotated[str | None, typer.Option(
         help="What AOTInductor compiles for: cpu (the default), cuda, or one of several GPUs, as cuda:1.")] = None,
+    option: opt.Options = None,
     overwrite: opt.Overwrite = False,
     as_json: opt.AsJson = False,
 ) -> None:
@@ -48,10 +49,14 @@ def build(
     from modcompile.engine import build_engine
     from modcompile.load_source import load_source
 
-    shapes = opt.read_profiles(shape)
+    shapes, options = opt.read_profiles(shape), opt.read_options(option)
+    given = {"providers": provider, "custom_ops": custom_ops, "device": device}
+    for name, value in given.items():
+        if value and name in options:
+            raise UsageError(f"the option {name} is given twice", found=f"{value} and {options[name]}",
+                             where=f"--option {name}")
+    options |= {name: value for name, value in given.items() if value}
     with working("loading the model") as say:
-        given = {"providers": provider, "custom_ops": custom_ops, "device": device}
-        options: dict[str, Any] = {name: value for name, value in given.items() if value}
         source: Any = Path(model)
         # Folders are models; a file can only be ONNX.
         if not source.is_file():
@@ -82,6 +87,7 @@ def run(
     random: Annotated[bool, typer.Option("--random", help="Random inputs where no --input gives one.")] = False,
     shape: opt.Shapes = None,
     seed: Seed = 0,
+    option: opt.Options = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE.npz", help="Keep the outputs.")] = None,
     as_json: opt.AsJson = False,
 ) -> None:
@@ -89,9 +95,9 @@ def run(
     from modcompile.engine import load_engine
     from modcompile.sample_inputs import sample_inputs
 
-    shapes = opt.read_shapes(shape)
+    shapes, options = opt.read_shapes(shape), opt.read_options(option)
     arrays = _read_arrays(inputs)
-    with working("loading the engine") as say, load_engine(engine) as loaded:
+    with working("loading the engine") as say, load_engine(engine, **options) as loaded:
         if random:
             arrays = {**sample_inputs(loaded.inputs, shapes, seed=seed), **arrays}
         elif shapes:
@@ -117,6 +123,7 @@ def verify(
     )] = None,
     shape: opt.Shapes = None,
     seed: Seed = 0,
+    option: opt.Options = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Compares an engine's outputs with its model's, on random inputs; exits with 4 where they differ."""
@@ -125,62 +132,73 @@ def verify(
     from modcompile.load_source import load_graph
     from modcompile.sample_inputs import index_limits, sample_inputs
 
-    shapes = opt.read_shapes(shape)
+    shapes, options = opt.read_shapes(shape), opt.read_options(option)
     with working("loading the model") as say:
         graph = load_graph(model)
         say("loading the engine")
-        with mc.load_engine(engine) as loaded:
+        with mc.load_engine(engine, **options) as loaded:
             say("comparing")
             config = graph.config if isinstance(graph, mc.MoDModel) else mc.MoDConfig()
             inputs = sample_inputs(loaded.inputs, shapes, limits=index_limits(graph), seed=seed,
                                    padding_mask=padding_mask(graph, config))
-            report = mc.verify(graph, loaded, inputs, per_block=per_block, tolerance=tolerance)
+            report = mc.verify(graph, loaded, inputs, per_block=per_block, tolerance=tolerance, options=options)
     emit(as_json, report.to_dict(), report)
 
 
+# One paragraph of lines as they are.
+BENCH_EXAMPLES = "\b\n" + "\n".join([
+    "Examples:",
+    "  modcompile bench FOLDER --shape input_ids=8x256 --option intra_op_threads=2 -o bench.json",
+    "  modcompile bench examples.pretrained:gpt2_medium --runtime aoti --device cuda --precision fp16 \\",
+    "    --shape input_ids=8x1024 --variants dense,mod,oracle,pruned,compile --keep-going --limit-s 300",
+    "  modcompile bench examples.pretrained:gpt2_medium --runtime ort --device cuda --precision fp16 \\",
+    "    --shape input_ids=8x1024 --option custom_ops=libmodcompile_ort.so --profile 8",
+])
+
+
+@opt.takes_conversion
 def bench(
     model: opt.ModelArgument,
     runtime: Runtime = "ort",
     precision: opt.Precision = "fp32",
     shape: opt.Shapes = None,
     runs: Annotated[int, typer.Option(min=1, help="How many times each engine runs.")] = 30,
-    variants: Annotated[str, typer.Option(help="What is timed, separated by commas: also "
-        "other, with the other --attend-to, and masked, which computes every row.")] = "dense,mod,oracle,pruned",
-    threads: Annotated[int | None, typer.Option(min=1, help="ONNX Runtime's threads; by default one a core.")] = None,
+    variants: Annotated[str, typer.Option(help="What is timed, separated by commas, in the order in which it is built: "
+        "also other, with the other --attend-to; masked, which computes every row; and compile, the dense model under "
+        "torch.compile.")] = "dense,mod,oracle,pruned",
+    option: opt.Options = None,
     seed: Seed = 0,
     device: Annotated[str, typer.Option(help="Where the model and the engines are: cpu, cuda or cuda:N.")] = "cpu",
+    engines: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Keep the engines there; those of an earlier "
+        "call are loaded, not built.")] = None,
+    keep_going: Annotated[bool, typer.Option("--keep-going", help="Leave out a variant that cannot be built or is "
+        "wrong, but for the dense and the routed engine.")] = False,
+    limit_s: Annotated[float | None, typer.Option(metavar="SECONDS", help="Build nothing further after so many "
+        "seconds, and time what there is.")] = None,
+    profile: Annotated[int, typer.Option(min=0, help="List so many of each variant's longest kernels; on a GPU.")] = 0,
     title: Annotated[str | None, typer.Option(help="What the kept figures are called; by default MODEL.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Keep the figures, as JSON.",
                                                 )] = None,
-    blocks: opt.Blocks = None,
-    capacity_ratio: opt.CapacityRatio = None,
-    capacity_multiple: opt.CapacityMultiple = None,
-    gate: opt.Gate = None,
-    attend_to: opt.AttendTo = None,
-    axis: opt.Axis = None,
-    padding_mask: opt.PaddingMask = None,
+    *,
+    conversion: opt.Conversion,
     as_json: opt.AsJson = False,
 ) -> None:
     """Times dense, routed, oracle and pruned engines side by side; a dense model is converted first."""
     import modcompile as mc
     from modcompile.load_source import load_source, on_device
 
-    given: dict[str, Any] = {
-        "blocks": blocks, "capacity_ratio": capacity_ratio, "capacity_multiple": capacity_multiple, "gate": gate,
-        "attend_to": attend_to, "axis": axis, "padding_mask": padding_mask,
-    }
-    config, shapes = opt.config_from(**given), opt.read_shapes(shape)
+    config, shapes, options = opt.config_from(**conversion), opt.read_shapes(shape), opt.read_options(option)
     with working("loading the model") as say:
         source = load_source(model)
-        if source.converted and any(value is not None for value in given.values()):
-            names = ", ".join(name for name, value in given.items() if value is not None)
-            raise UsageError("a converted model keeps the options it was converted with", found=names, where=model,
+        if source.converted and conversion:
+            raise UsageError("a converted model keeps the options it was converted with", where=model,
+                             found=", ".join(conversion),
                              fix="name the dense model it came from, or leave these options out")
         say("converting")
         mod = on_device(source.converted or mc.convert(source.model, source.example_inputs, config), device)
         report = mc.benchmark(mod, runtime=runtime, precision=precision, shapes=shapes, runs=runs, seed=seed,
-                              variants=[name.strip() for name in variants.split(",")], progress=say,
-                              options={} if threads is None else {"intra_op_threads": threads})
+                              variants=[name.strip() for name in variants.split(",")], options=options, folder=engines,
+                              keep_going=keep_going, limit_s=limit_s, profile=profile, progress=say)
     if output is not None:
         kept = {"title": title or model, "command": settings.command_line, **report.to_dict()}
         _write_whole(output, lambda file: file.write(json.dumps(kept, indent=1).encode()))

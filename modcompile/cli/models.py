@@ -60,22 +60,16 @@ def inspect(model: opt.ModelArgument, shape: opt.Shapes = None, as_json: opt.AsJ
     emit(as_json, data, table(title, ("block", "hidden state", "parameters", "FLOPs", "share", "can be routed"), rows))
 
 
+@opt.takes_conversion
 def convert(
     model: opt.ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the converted model goes.")],
-    blocks: opt.Blocks = None,
-    capacity_ratio: opt.CapacityRatio = None,
-    capacity_multiple: opt.CapacityMultiple = None,
-    gate: opt.Gate = None,
-    attend_to: opt.AttendTo = None,
-    axis: opt.Axis = None,
-    padding_mask: opt.PaddingMask = None,
+    conversion: opt.Conversion,
     overwrite: opt.Overwrite = False,
     as_json: opt.AsJson = False,
 ) -> None:
     """Converts a dense model into Mixture-of-Depths form and saves it."""
-    config = opt.config_from(blocks=blocks, capacity_ratio=capacity_ratio, capacity_multiple=capacity_multiple,
-                             gate=gate, attend_to=attend_to, axis=axis, padding_mask=padding_mask)
+    config = opt.config_from(**conversion)
     with working("loading the model") as say:
         mod = _converted(model, config, say)
         say("saving")
@@ -85,21 +79,15 @@ def convert(
     emit(as_json, {"output": str(output), **summary}, summary_table(str(output), summary))
 
 
+@opt.takes_conversion
 def diff(
     model: opt.ModelArgument,
-    blocks: opt.Blocks = None,
-    capacity_ratio: opt.CapacityRatio = None,
-    capacity_multiple: opt.CapacityMultiple = None,
-    gate: opt.Gate = None,
-    attend_to: opt.AttendTo = None,
-    axis: opt.Axis = None,
-    padding_mask: opt.PaddingMask = None,
+    conversion: opt.Conversion,
     context: Annotated[int, typer.Option(min=0, help="Unchanged lines around each change.")] = 3,
     as_json: opt.AsJson = False,
 ) -> None:
     """Shows what conversion with these options changes in a dense model's graph, as a unified diff."""
-    config = opt.config_from(blocks=blocks, capacity_ratio=capacity_ratio, capacity_multiple=capacity_multiple,
-                             gate=gate, attend_to=attend_to, axis=axis, padding_mask=padding_mask)
+    config = opt.config_from(**conversion)
     with working("loading the model") as say:
         mod = _converted(model, config, say)
         before, after = mod.variant(mod.dense_program).format(), mod.format()

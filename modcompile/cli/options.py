@@ -7,18 +7,26 @@ __all__ = [
     "Blocks",
     "CapacityMultiple",
     "CapacityRatio",
+    "Conversion",
     "Gate",
     "ModelArgument",
+    "Options",
     "Overwrite",
     "PaddingMask",
     "Precision",
     "Shapes",
     "config_from",
+    "read_options",
     "read_profiles",
     "read_shapes",
+    "takes_conversion",
 ]
 
+import functools
+import inspect
+import json
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -35,6 +43,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an ea
 Precision = Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Of weights and arithmetic.")]
 Shapes = Annotated[list[str] | None, typer.Option(
     "--shape", metavar="NAME=SIZES", help="An input's shape, as input_ids=8x1024. May be repeated.")]
+Options = Annotated[list[str] | None, typer.Option(
+    "--option", metavar="NAME=VALUE", help="An option of the runtime's, such as intra_op_threads=2 or cuda_graph=true. "
+    "VALUE is JSON, or text where it is none. May be repeated.")]
 
 # The options of a conversion. None stands for MoDConfig's default, which the help repeats.
 Blocks = Annotated[str | None, typer.Option(
@@ -53,7 +64,34 @@ PaddingMask = Annotated[str | None, typer.Option(
     "attention_mask by default, if there is one.")]
 
 
-def config_from(*, blocks: str | None, capacity_ratio: str | None, **options: Any) -> "MoDConfig":
+# Those that were given, by name.
+Conversion = dict[str, Any]
+
+_CONVERSION = {"blocks": Blocks, "capacity_ratio": CapacityRatio, "capacity_multiple": CapacityMultiple, "gate": Gate,
+               "attend_to": AttendTo, "axis": Axis, "padding_mask": PaddingMask}
+
+
+def takes_conversion(verb: Callable[..., None]) -> Callable[..., None]:
+    """Gives a verb the options of a conversion in the place of its parameter ``conversion``, a ``Conversion``."""
+
+    @functools.wraps(verb)
+    def wrapper(**values: Any) -> None:
+        given = {name: values.pop(name) for name in _CONVERSION}
+        verb(conversion={name: value for name, value in given.items() if value is not None}, **values)
+
+    options = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+               for name, annotation in _CONVERSION.items()]
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(verb).parameters.values():
+        parameters += options if parameter.name == "conversion" else [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
+    # Typer reads both.
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapper
+
+
+def config_from(*, blocks: str | None = None, capacity_ratio: str | None = None, **options: Any) -> "MoDConfig":
     """The configuration that the conversion's options stand for; those that are None keep its defaults.
 
     Raises:
@@ -86,6 +124,38 @@ def _read_ratio(text: str) -> Fraction | list[Fraction]:
         raise UsageError("the capacity ratio is not a number", expected="a number such as 0.125 or 1/8, or several",
                          found=text, where="--capacity-ratio") from None
     return ratios if len(ratios) > 1 else ratios[0]
+
+
+_IN_JSON = {"True": "true", "False": "false", "None": "null"}
+
+
+def read_options(texts: list[str] | None) -> dict[str, Any]:
+    """A runtime's options by name. The runtime itself refuses those that it does not have.
+
+    Raises:
+        UsageError: A text that is not NAME=VALUE, an option given twice, or a word of Python's in the place of JSON's.
+
+    Example:
+        >>> read_options(["intra_op_threads=2", 'providers=["CPUExecutionProvider"]', "custom_ops=build/library.so"])
+        {'intra_op_threads': 2, 'providers': ['CPUExecutionProvider'], 'custom_ops': 'build/library.so'}
+    """
+    options: dict[str, Any] = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not name.isidentifier() or not equals:
+            raise UsageError("the option cannot be read", expected="NAME=VALUE, such as intra_op_threads=2", found=text,
+                             where="--option")
+        if name in options:
+            raise UsageError(f"the option {name} is given twice", found=text, where="--option")
+        if value in _IN_JSON:
+            # As a text, each of them would be true.
+            raise UsageError("the option's value is Python's, not JSON's", expected="true, false or null", found=text,
+                             where="--option", fix=f"--option {name}={_IN_JSON[value]}")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
 
 
 def read_shapes(texts: list[str] | None) -> dict[str, tuple[int, ...]] | None:

@@ -1,0 +1,68 @@
+"""The page of figures: what is written below a table, and the tables that other scripts measured."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_benchmarks", DOCS / "make_benchmarks.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    """One of the kept ones."""
+    return json.loads(min((DOCS / "benchmarks").glob("*.json")).read_text(encoding="utf-8"))
+
+
+def test_a_report_of_a_cpu(script: ModuleType, report: dict):
+    text = script.section(report)
+    assert "| engine MB |" in text and "GPU MB" not in text and "no figures" not in text
+    assert "| dense |" in script.summary([report]).partition("\n")[0]
+
+
+def test_a_report_of_a_gpu(script: ModuleType, report: dict):
+    mod = report["timings"]["mod"]
+    mod |= {"device_bytes": 2_000_000_000, "far_rows": 0.0123, "torch_far_rows": 0.01}
+    report["timings"]["compile"] = {**mod, "folder_bytes": None, "far_rows": 0.0, "weight_bytes": 700_000_000,
+                                    "activation_bytes": 90_000_000}
+    report["failed"] = {"masked": "too large\n  found: what"}
+    text = script.section(report)
+    assert text.count("| GPU MB |") == 1 and "| 2000 |" in text
+    assert "MoD: 1.23% of the rows are far from the float32 model's, in PyTorch 1.00%." in text
+    assert "torch.compile: 700 MB of weights, 90 MB of activations." in text
+    assert "masked: no figures, too large." in text
+    assert "| torch.compile |" in text and "|  | 2000 |" in text
+
+
+def test_a_report_without_the_oracle(script: ModuleType, report: dict):
+    del report["timings"]["oracle"], report["ratios"]["oracle/MoD"]
+    line = script.summary([report]).splitlines()[-1]
+    assert line.count("|") == 9 and line.endswith("|  |")
+
+
+def test_engines_of_tensorrt_8_6(script: ModuleType):
+    figure = {"build_s": 61.2, "engine_mb": 650.0, "device_mb": 900.0, "layers": {"Reformat": 2, "Gemm": 5},
+              "far_rows": 0.01, "how": "graph", "times_ms": [1.0, 2.0], "median_ms": 1.5, "spread_ms": 1.0}
+    made = {"title": "GPT-2 of 24 blocks, 8 x 1024", "precision": "fp16", "command": "run it",
+            "machine": {"gpu": "a GPU", "tensorrt": "8.6.0"},
+            "model": {"opset": 17, "capacity": 128, "routed_blocks": ["h.1"], "blocks": 2, "attend_to": "chosen",
+                      "gate": "raw"},
+            "variants": {"plugins": figure, "dense": {**figure, "far_rows": None, "times_ms": [], "how": ""}}}
+    text = script.trt86(made)
+    assert "| dense | not timed |  | 61 | 650 | 900 | 7 | 2 |  |" in text
+    assert "| MoD, with plugins | 1.500 | 1.000 | 61 | 650 | 900 | 7 | 2 | 1.00% |" in text
+    assert text.index("| dense |") < text.index("| MoD, with plugins |")
+    made |= {"ratios": {"oracle/plugins": 0.97}, "routing_us_per_block": 21.4}
+    assert "oracle/plugins 0.970; routing costs 21 us in each routed block." in script.trt86(made)
