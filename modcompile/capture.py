@@ -83,11 +83,12 @@ def capture(model: nn.Module, example_inputs: dict | tuple | torch.Tensor, *, dy
     from modcompile.passes.functionalize import Functionalize
     from modcompile.passes.hoist_sizes import HoistSizes
     from modcompile.passes.remove_noops import RemoveNoops
+    from modcompile.passes.simplify_masks import SimplifyMasks
     from modcompile.passes.split_baddbmm import SplitBaddbmm
 
     made = GraphModel(graph_module, interface, hints)
     # Without writes and tracing leftovers, and with sizes computed once, blocks have only the inputs they need.
-    manager = PassManager([SplitBaddbmm(), Functionalize(), RemoveNoops(), HoistSizes()])
+    manager = PassManager([SplitBaddbmm(), Functionalize(), RemoveNoops(), HoistSizes(), SimplifyMasks()])
     manager(graph_module)
     made.passes = manager.ran
     return made

@@ -14,7 +14,9 @@ That takes no sizes, so what is found holds for all of them.
 1. A mask that is true everywhere goes.
 2. One that is true where the key's index is at most the query's becomes the causal flag. The rows that ``route`` chose
    ascend, so their order is that of their positions.
-3. Any other stays, such as one that depends on an input's values.
+3. Of two masks that must both hold, one that is true everywhere goes. What is left, often of the keys alone, has size 1
+   along the queries: nothing is gathered along them then.
+4. Any other stays, such as one that depends on an input's values.
 """
 
 import dataclasses
@@ -54,9 +56,13 @@ class SimplifyMasks(Pass):
         modified, skips = False, {}
         for node in masked:
             arguments = attention_arguments(node)
-            query, key, value, mask = (arguments[name] for name in ("query", "key", "value", "attn_mask"))
+            query, key, value, given = (arguments[name] for name in ("query", "key", "value", "attn_mask"))
+            mask = _without_true(given, values)
             causal = _is_causal(values.get(mask), mask, query, key)
             if values.get(mask) != _TRUE and not causal:
+                if mask is not given:
+                    node.replace_input_with(given, mask)
+                    modified = True
                 skips[mask] = Skip("the mask is not known to be causal, or true everywhere, at all sizes", mask.name)
                 continue
             node.args = (query, key, value, None, arguments["dropout_p"], causal)
@@ -119,6 +125,16 @@ _FALSE = (_Sum(-1),)
 
 class _UnknownError(Exception):
     """The elements are no function of their indices that this file knows."""
+
+
+def _without_true(mask: Node, values: Mapping[Node, "_Value"]) -> Node:
+    """The operand that a mask is, where the other is true everywhere."""
+    while _RULES.get(mask.target) is _and:
+        left = [operand for operand in mask.args if values.get(operand) != _TRUE]
+        if len(left) != 1 or not isinstance(left[0], Node) or len(_shape(left[0])) != len(_shape(mask)):
+            break
+        mask = left[0]
+    return mask
 
 
 def _is_causal(value: _Value | None, mask: Node, query: Node, key: Node) -> bool:

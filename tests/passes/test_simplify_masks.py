@@ -23,7 +23,7 @@ from tiny import (
 import modcompile as mc
 from modcompile.capture import capture
 from modcompile.export.flatten import flatten
-from modcompile.pass_manager import PassManager
+from modcompile.pass_manager import PassManager, PassResult
 from modcompile.variants import oracle_model
 
 # B batch  S rows  K capacity  H heads  d head dim
@@ -144,6 +144,22 @@ def test_a_mask_with_other_conditions_stays():
 
     *_, taken, skips = simplified(build, {**ALL_ROWS, "padding": ("batch", "sequence")}, dtypes={"padding": "bool"})
     assert len(taken[0]) == 1 and skips == STAYS
+
+
+def test_a_condition_that_always_holds_goes_from_a_mask_of_the_keys():
+    """As encoders' masks are traced: rows at least 0, and keys that are valid."""
+    def build(call, query, key, value, padding):
+        row = call(aten.unsqueeze.default, numbers(call, query, 2), 1)
+        rows = call(aten.unsqueeze.default, call(aten.unsqueeze.default, row, 0), 0)  # [1, 1, S, 1]
+        valid = call(aten.unsqueeze.default, call(aten.unsqueeze.default, padding, 1), 1)  # [B, 1, 1, S]
+        return call(SDPA, query, key, value, call(aten.__and__.Tensor, call(aten.ge.Scalar, rows, 0), valid))
+
+    before, after, taken, skips = simplified(build, {**ALL_ROWS, "padding": ("batch", "sequence")},
+                                             dtypes={"padding": "bool"})
+    assert len(taken[0]) == 1 and skips == STAYS
+    assert tuple(taken[0][0].meta["val"].shape[1:3]) == (1, 1) and str(aten.ge.Scalar) not in nodes_of(after)
+    padding = torch.arange(S) < torch.tensor([[S], [5], [1]])
+    assert_same(before, after, *inputs_of(**ALL_ROWS), padding, tolerance=1e-6)
 
 
 @pytest.mark.parametrize(("rows", "is_causal"), [("sequence", False), (9, False), (8, True)])
@@ -357,11 +373,16 @@ class _Elements(torch.fx.Interpreter):
 
 
 @pytest.mark.parametrize("name", ["gpt2", pytest.param("gemma3", marks=pytest.mark.long)])
-def test_what_is_known_of_elements_is_true(routed, name):
+def test_what_is_known_of_elements_is_true(monkeypatch, name):
     """Packed sequences, and windows: every element that is followed, at sizes that are known and at any."""
     inputs = unpadded(name, 3, 33, seed=2)
+    with monkeypatch.context() as patch:
+        # As it was traced: a capture simplifies masks.
+        patch.setattr(SimplifyMasks, "call", lambda _, graph_module: PassResult(graph_module, False))
+        model = mc.convert(family(name).build(), unpadded(name, 2, 17), mc.MoDConfig(capacity_ratio=0.25))
+    randomise_routers(model)
     for shapes in (None, {key: value.shape for key, value in inputs.items()}):
-        elements = _Elements(flatten(routed(name), shapes))
+        elements = _Elements(flatten(model, shapes))
         with torch.no_grad():
             elements.run(*inputs.values())
         assert {aten.arange.default, aten.index.Tensor, operator.getitem, mod.gather_rows.default} <= elements.compared

@@ -110,7 +110,7 @@ void Cpu::run(const Route& op) const {
   for (int64_t batch_row = 0; batch_row < op.batch; ++batch_row) route_row(op, batch_row, keys, order);
 }
 
-void Cpu::run(const RouteRows& op) const {
+void Cpu::run(const RouteRows& op, Kept&) const {
   if (op.element == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16) {
     score<Ort::Float16_t>(op);
   } else if (op.element == ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16) {

