@@ -29,14 +29,21 @@ def dense_model(mod: MoDModel) -> GraphModel:
     return mod.variant(mod.dense_program)
 
 
-def oracle_model(mod: MoDModel) -> GraphModel:
-    """The routed model with the first K rows taken and no router: the fastest any routing could be."""
+def oracle_model(mod: MoDModel, *, merge: bool = False) -> GraphModel:
+    """The routed model with the first K rows taken and no router: the fastest any routing could be.
+
+    Args:
+        mod: The routed model.
+        merge: Writes the rows back with ``merge_rows``, which is faster than putting the two parts together where a
+            runtime does it in place.
+    """
     paths = tuple(block.path for block in mod.routed_blocks)
     ratios = tuple(block.capacity_ratio for block in mod.routed_blocks)
     config = mod.config
     split = config.attend_to == "all" and config.axis == "token"
     stages = [SplitFusedQkv(paths), AttendToAll(paths)] if split else []
-    return mod.variant(mod.dense_program, *stages, TakeFirstRows(paths, ratios, config.axis, config.capacity_multiple))
+    return mod.variant(mod.dense_program, *stages,
+                       TakeFirstRows(paths, ratios, config.axis, config.capacity_multiple, merge))
 
 
 def masked_model(mod: MoDModel) -> GraphModel:

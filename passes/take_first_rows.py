@@ -5,7 +5,10 @@
              %y: [B, K, D] = call encoder.layer.1(%rows, mask sliced along every dim of the sequence)
              %out: [B, S, D] = aten.cat([%y, aten.slice(%x, 1, K)], 1)
 
+    or:      %out: [B, S, D] = modcompile.merge_rows(%x, %y, 0 to K - 1 of each sequence, 1)
+
 Why: no choice of rows can be faster than none. The time of the routed engine over this one's is what routing costs.
+Which form is the faster depends on the runtime: a merge that writes in place touches K rows, aten.cat all of them.
 """
 
 import dataclasses
@@ -32,6 +35,7 @@ class TakeFirstRows(Pass):
         blocks: Module paths; ``ratios``: K/S of each, as "p/q".
         axis: token or sequence.
         multiple: K is rounded up to a multiple of this, as the routed model's.
+        merge: Writes rows of tokens back with merge_rows.
     """
 
     name: ClassVar[str] = "take-first-rows"
@@ -39,6 +43,7 @@ class TakeFirstRows(Pass):
     ratios: tuple[str, ...] = ()
     axis: Literal["token", "sequence"] = "token"
     multiple: int = 1
+    merge: bool = False
 
     def requires(self, graph_module: torch.fx.GraphModule) -> None:
         """Each block is a sub-graph that is called once."""
@@ -52,38 +57,43 @@ class TakeFirstRows(Pass):
         for path, ratio in zip(self.blocks, self.ratios, strict=True):
             call, body = calls[path], graph_module.get_submodule(path)
             if "first_rows" not in call.meta and Fraction(ratio) < 1:
-                self._rewrite(graph, call, body, Fraction(ratio), dim, self.multiple)
+                self._rewrite(graph, call, body, Fraction(ratio), dim)
                 modified = True
         return PassResult(graph_module, modified)
 
-    @staticmethod
-    def _rewrite(graph: torch.fx.Graph, call: torch.fx.Node, body: torch.fx.GraphModule, ratio: Fraction, dim: int,
-                 multiple: int) -> None:
+    def _rewrite(self, graph: torch.fx.Graph, call: torch.fx.Node, body: torch.fx.GraphModule, ratio: Fraction,
+                 dim: int) -> None:
         users = list(call.users)
         hidden, *sides = call.args
         with graph.inserting_before(call):
             count = emit_capacity(graph, hidden, dim, ratio)
-            count = emit_rounded(graph, count, hidden.meta["val"].shape[dim], multiple)
+            count = emit_rounded(graph, count, hidden.meta["val"].shape[dim], self.multiple)
 
             def first(value, dims):
                 for d in dims:
                     value = graph.call_function(aten.slice.Tensor, (value, d, 0, count))
                 return value
 
-            if dim == 1 and takes_positions(body):
+            inside, merge = dim == 1 and takes_positions(body), dim == 1 and self.merge
+            if inside or merge:
                 # [B, K] without a size of the batch: the first K counts of a row of zeros, one per sequence.
                 zeros = graph.call_function(aten.zeros_like.default, (graph.call_function(
                     aten.select.int, (first(hidden, [1]), 2, 0)),), {"dtype": torch.int64})
                 positions = graph.call_function(aten.add.Tensor, (zeros, graph.call_function(
                     aten.arange.default, (count,), {"device": hidden.meta["val"].device})))
+            if inside:
                 call.args = (hidden, positions, *sides)
             else:
                 along = [rows if dim == 1 else (0,) if batched else () for rows, batched in side_dims(body)]
                 call.args = (first(hidden, [dim]), *(first(s, d) for s, d in zip(sides, along, strict=True)))
         call.meta = {"first_rows": True}
         with graph.inserting_before(call.next):
-            rest = graph.call_function(aten.slice.Tensor, (hidden, dim, count))
-            merged = graph.call_function(aten.cat.default, ([call, rest], dim))
+            if merge:
+                gate = graph.call_function(aten.ones_like.default, (positions,), {"dtype": torch.float32})
+                merged = graph.call_function(torch.ops.modcompile.merge_rows.default, (hidden, call, positions, gate))
+            else:
+                rest = graph.call_function(aten.slice.Tensor, (hidden, dim, count))
+                merged = graph.call_function(aten.cat.default, ([call, rest], dim))
         # Shaped as before: the next block, which may be taken too, reads its sizes from here.
         merged.meta["val"] = hidden.meta["val"]
         for user in users:

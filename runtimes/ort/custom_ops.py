@@ -10,18 +10,16 @@ fail to load, it ends the process.
 
 __all__ = ["DOMAIN", "DOMAIN_VERSION", "LIBRARY", "CustomOps", "open_library", "read_library"]
 
-import atexit
 import ctypes
 import dataclasses
 import functools
-import hashlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
+
+from modcompile.runtimes.library import private_copy
 
 from modcompile.errors import IntegrityError, RuntimeUnavailableError
 from modcompile.files import read_file
@@ -64,7 +62,7 @@ def read_library(path: str | os.PathLike) -> bytes:
     except IntegrityError as error:
         raise RuntimeUnavailableError("the custom-op library cannot be read", expected="a file",
                                       found=error.details.get("found", error.problem), where=path, fix=_FIX) from error
-    copy = _private_copy(content)
+    copy = private_copy(content)
     if reason := _probe(copy):
         raise _does_not_load(path, reason, copy)
     return content
@@ -80,7 +78,7 @@ def open_library(content: bytes, where: object) -> CustomOps:
     Raises:
         RuntimeUnavailableError: It does not load, is another library, or has another version of the ops.
     """
-    path = _private_copy(content)
+    path = private_copy(content)
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -112,32 +110,6 @@ def _probe(copy: Path) -> str | None:
     if probe.returncode < 0:
         return f"the process that loaded it died of {signal.Signals(-probe.returncode).name}"
     return probe.stderr.strip().rpartition("\n")[2].removeprefix("OSError: ") if probe.returncode else None
-
-
-@functools.cache
-def _folder(process: int) -> Path:
-    """A folder that only this user may enter, for as long as the process lasts."""
-    folder = Path(tempfile.mkdtemp(prefix="modcompile-"))
-    atexit.register(_remove, folder, process)
-    return folder
-
-
-def _remove(folder: Path, process: int) -> None:
-    # A fork of the process that made it ends earlier.
-    if os.getpid() == process:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _private_copy(content: bytes) -> Path:
-    folder = _folder(os.getpid())
-    path = folder / f"{hashlib.sha256(content).hexdigest()}.so"
-    if not path.exists():
-        # Several threads may come here at once; each renames a whole file, and the files are equal.
-        descriptor, partial = tempfile.mkstemp(dir=folder)
-        with open(descriptor, "wb") as file:
-            file.write(content)
-        os.replace(partial, path)
-    return path
 
 
 def _does_not_load(where: object, found: object, copy: Path) -> RuntimeUnavailableError:

@@ -7,7 +7,9 @@ them. Its engines are bound to the release that built them.
 __all__ = ["build"]
 
 import contextlib
+import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -20,10 +22,11 @@ from typing import Any
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 from modcompile.runtimes.trt import worker
-from modcompile.runtimes.trt.engine import ENTRY
+from modcompile.runtimes.trt.engine import COMPUTE_CAPABILITY, ENTRY
 from modcompile.runtimes.trt.lower import lower
-from modcompile.runtimes.trt.messages import build_error, crash_error, parse_error
+from modcompile.runtimes.trt.messages import build_error, crash_error, ended, parse_error
 from modcompile.runtimes.trt.package import import_tensorrt
+from modcompile.runtimes.trt.plugin_library import CREATORS, LIBRARY, NAMESPACE, identify, load_error, read_library
 from modcompile.runtimes.trt.profile import Shapes, bind_profile
 from modcompile.runtimes.trt.report import REPORT, BuildReport, parse_layers
 
@@ -40,8 +43,8 @@ _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "
 
 
 def build(onnx_path: Path, folder: Path, *, runtime: str, precision: str | None = None, shapes: Shapes | None = None,
-          compute_capabilities: Sequence[str] = (), tf32: bool = False, progress: Progress | None = None,
-          ) -> dict[str, Any]:
+          compute_capabilities: Sequence[str] = (), tf32: bool = False, plugins: str | os.PathLike | None = None,
+          timing_cache: str | os.PathLike | None = None, progress: Progress | None = None) -> dict[str, Any]:
     """Fills ``folder`` with an engine and the report of its build.
 
     The types in the graph are the types that are computed with. NaN is taken seriously: a closed gate may stand before
@@ -57,6 +60,10 @@ def build(onnx_path: Path, folder: Path, *, runtime: str, precision: str | None 
         compute_capabilities: The GPUs to build for, such as ["8.6", "8.9"]; TensorRT-RTX alone. By default all but
             Turing, 7.5, which has no float32 matrix product there.
         tf32: Lets float32 matrix products round their inputs to 10 bits of mantissa.
+        plugins: The plugin library, ``libmodcompile_trt.so``; TensorRT alone. An engine whose model has our ops gets a
+            copy of it and runs them with it. By default they are standard layers.
+        timing_cache: A file for what kernels took when they were tried, TensorRT alone. It is made or added to, and
+            builds that share it are faster, and have the same kernel for the same layer.
         progress: Called with a phase, its steps done and its steps in all. What it raises stops the build.
 
     Returns:
@@ -66,9 +73,16 @@ def build(onnx_path: Path, folder: Path, *, runtime: str, precision: str | None 
         UsageError: No such file, or an option that does not fit it.
         IntegrityError: The file or one of its data files is damaged, missing or outside its folder.
         UnsupportedGraphError: TensorRT does not take the graph.
-        RuntimeUnavailableError: The package or the GPU it needs is missing.
+        RuntimeUnavailableError: The package or the GPU it needs is missing, or the plugin library is not one for it.
     """
+    if runtime == "tensorrt-rtx":
+        _refuse_for_rtx(plugins=plugins, timing_cache=timing_cache)
+    if timing_cache is not None and not Path(timing_cache).absolute().parent.is_dir():
+        raise UsageError("the timing cache cannot be written", expected="a file in a folder that exists",
+                         found=timing_cache, where="timing_cache")
     trt = import_tensorrt(runtime)
+    content = None if plugins is None else read_library(plugins)
+    library = None if content is None else identify(content, trt.__version__, plugins)
     started = time.perf_counter()
     model = _read(onnx_path)
     metadata = _metadata(model, onnx_path)
@@ -76,6 +90,11 @@ def build(onnx_path: Path, folder: Path, *, runtime: str, precision: str | None 
         raise UsageError("the ONNX file has another precision", expected=precision, found=metadata.precision,
                          where=onnx_path, fix=f"export the model with precision={precision!r}")
     profile = bind_profile(model.graph.inputs, shapes or {})
+    if library is not None and not _has_our_ops(model, metadata):
+        # A dense model, as benchmarks build one with the same options.
+        content = library = None
+    if content is not None:
+        (folder / LIBRARY).write_bytes(content)
     job = {
         "package": trt.__name__,
         "source": str(onnx_path.absolute()),
@@ -83,14 +102,24 @@ def build(onnx_path: Path, folder: Path, *, runtime: str, precision: str | None 
         "profile": {name: [[dim[i] for dim in dims] for i in range(3)] for name, dims in profile.dynamic.items()},
         "compute_capabilities": _enum_names(trt, compute_capabilities),
         "tf32": tf32,
+        "plugins": None if library is None else str(folder.absolute() / LIBRARY),
+        "plugins_source": str(plugins),
+        "creators": CREATORS,
+        "timing_cache": None if timing_cache is None else str(Path(timing_cache).absolute()),
     }
-    lowered = lower(model, profile, metadata.routed_blocks)
+    lowered = lower(model, profile, metadata.routed_blocks, plugins=library is not None)
     lower_s = time.perf_counter() - started
     result = _run_worker(lowered, job, folder, onnx_path, progress)
     if "no_builder" in result:
         raise RuntimeUnavailableError(f"{runtime} does not start", expected="an NVIDIA GPU and its driver",
                                       found="; ".join(result["no_builder"]), where=trt.__name__,
                                       fix='build on a machine with a GPU, or with runtime="tensorrt-rtx"')
+    if "plugins_error" in result:
+        raise load_error(result["plugins_error"].replace(f"{job['plugins']}: ", ""), plugins)
+    if "timing_cache_error" in result:
+        raise UsageError("TensorRT does not take the timing cache", expected="one of this GPU and release, or no file",
+                         found="; ".join(result["timing_cache_error"]) or "another one", where=timing_cache,
+                         fix="name another file, or remove it")
     if "parse_errors" in result:
         raise parse_error(result["parse_errors"], list(lowered.graph), onnx_path)
     # It warns of sizes that contradict each other, and makes an engine that fails at those sizes.
@@ -103,6 +132,10 @@ def build(onnx_path: Path, folder: Path, *, runtime: str, precision: str | None 
                          layers=parse_layers(result["layer_table"]))
     (folder / REPORT).write_text(report.model_dump_json(indent=1), encoding="utf-8")
     target = {"optimization_profile": str(profile)}
+    if library is not None:
+        target["plugins"] = str(library)
+    if runtime == "tensorrt":
+        target[COMPUTE_CAPABILITY] = importlib.import_module("modcompile.runtimes.trt.execution").compute_capability()
     if runtime == "tensorrt-rtx":
         target["compute_capabilities"] = ", ".join(compute_capabilities) or "8.0, 8.6, 8.9, 12.0 and later"
     return {
@@ -120,6 +153,25 @@ def build(onnx_path: Path, folder: Path, *, runtime: str, precision: str | None 
     }
 
 
+def _refuse_for_rtx(**options: object) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise UsageError(f"{name} is an option of tensorrt alone", found=value, where=name,
+                             fix=f'leave {name} out, or build with runtime="tensorrt"'
+                             + (": TensorRT-RTX has no plugins, and runs our ops as standard layers"
+                                if name == "plugins" else ""))
+
+
+def _has_our_ops(model: ir.Model, metadata: ModelMetadata) -> bool:
+    if any(node.domain == NAMESPACE for node in model.graph.all_nodes()):
+        return True
+    if metadata.routed_blocks:
+        raise UsageError("the model has no ops of ours that plugins could run",
+                         expected=f"nodes of the domain {NAMESPACE}", found="a flattened model", where="plugins",
+                         fix="export the model without inline=True, or leave plugins out")
+    return False
+
+
 def _run_worker(model: ir.Model, job: Mapping[str, Any], folder: Path, onnx_path: Path,
                 progress: Progress | None) -> dict[str, Any]:
     """Lets the worker build the lowered model; returns its result, or raises for it if it died."""
@@ -129,7 +181,7 @@ def _run_worker(model: ir.Model, job: Mapping[str, Any], folder: Path, onnx_path
         lowered.write_bytes(ir.to_proto(model).SerializeToString())
         # -P: the folder of the script is no place to import from.
         command = [sys.executable, "-P", str(Path(worker.__file__))]
-        phase = "reading the graph"
+        phase = worker.READING_PHASE
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=printed,
                               encoding="utf-8") as process:
             assert process.stdin is not None and process.stdout is not None
@@ -150,6 +202,8 @@ def _run_worker(model: ir.Model, job: Mapping[str, Any], folder: Path, onnx_path
                 # After Ctrl-C, or an error of the callback's.
                 process.kill()
         printed.seek(0)
+        if phase == worker.PLUGIN_PHASE:
+            raise load_error(f"{ended(returncode)} while it was loaded", job["plugins_source"])
         raise crash_error(returncode, phase, printed.read(), onnx_path)
 
 

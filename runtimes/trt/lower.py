@@ -24,13 +24,14 @@ TOPK_LIMIT = 3840
 _SIZE_ELEMENTS = 16
 _CALL = "modcompile.call"
 _OLDEST_OPSET = 13
+_HALVES = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 # The parser refuses these, or, float64, computes with fewer bits than it was asked for without a word.
 _REFUSED = {ir.DataType.DOUBLE, ir.DataType.INT16, ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64,
             ir.DataType.STRING, ir.DataType.COMPLEX64, ir.DataType.COMPLEX128}
 
 
 def lower(model: ir.Model, profile: Profile, routed_blocks: Sequence[RoutedBlock] = (), *,
-          plugins: bool = False) -> ir.Model:
+          plugins: bool = False, weakly_typed: bool = False) -> ir.Model:
     """Returns a copy of ``model`` that TensorRT's parser takes.
 
     Args:
@@ -38,6 +39,7 @@ def lower(model: ir.Model, profile: Profile, routed_blocks: Sequence[RoutedBlock
         profile: The sizes the engine is built for.
         routed_blocks: What the model's metadata says of its routed blocks, so that messages can name them.
         plugins: Leave our ops to our plugins, which the builder must have loaded; otherwise they become standard ops.
+        weakly_typed: For a builder that chooses the types of layers itself: that of TensorRT 8.6, with its FP16 flag.
 
     Raises:
         UnsupportedGraphError: The graph has something that no rewriting makes fit; what, where and what to do.
@@ -55,6 +57,9 @@ def lower(model: ir.Model, profile: Profile, routed_blocks: Sequence[RoutedBlock
             _check_block(block, profile)
     _inline_calls(model)
     _name_types(model)
+    if weakly_typed:
+        _free_softmax(model)
+        _type_exponents(model)
     _fix_sizes(model, profile)
     _allow_unfused_attention(model)
     probe = _known_sizes(model, profile, largest=True)
@@ -113,6 +118,51 @@ def _name_types(model: ir.Model) -> None:
                 node.op_type = "Cast"
                 node.attributes["to"] = ir.AttrInt64("to", like.dtype)
                 node.resize_inputs(1)
+
+
+def _free_softmax(model: ir.Model) -> None:
+    """Takes away casts of half precision to float32 before a softmax, and back after it.
+
+    Where types are chosen by the builder, a cast is an order: it would keep attention from becoming one kernel, and
+    write the scores in float32. A softmax sums in float32 whatever it reads.
+    """
+    for softmax in [node for node in model.graph.all_nodes() if node.op_type == "Softmax" and node.domain == ""]:
+        wide = softmax.inputs[0].producer() if softmax.inputs[0] is not None else None
+        narrowing = [user for user, _ in softmax.outputs[0].uses()]
+        if (wide is None or wide.op_type != "Cast" or softmax.outputs[0].is_graph_output()
+                or not all(user.op_type == "Cast" for user in narrowing)):
+            continue
+        source = wide.inputs[0]
+        to = {user.attributes.get_int("to", 0) for user in narrowing}
+        # The type may be unknown, of a value within what was written out; casts back tell it.
+        if len(to) != 1 or not to <= _HALVES or source is None or source.dtype not in (None, *to):
+            continue
+        softmax.replace_input_with(0, source)
+        softmax.outputs[0].dtype = ir.DataType(to.pop())
+        for user in narrowing:
+            ir.convenience.replace_all_uses_with(user.outputs[0], softmax.outputs[0], replace_graph_outputs=True)
+            assert user.graph is not None
+            user.graph.remove(user, safe=True)
+        if not wide.outputs[0].uses():
+            assert wide.graph is not None
+            wide.graph.remove(wide, safe=True)
+
+
+def _type_exponents(model: ir.Model) -> None:
+    """Gives constant exponents the type of their base. ONNX allows another, and TensorRT 8.6 computes in one type."""
+    for node in model.graph.all_nodes():
+        if node.op_type != "Pow" or node.domain != "":
+            continue
+        base, exponent = node.inputs
+        known = None if exponent is None else ir.convenience.get_const_tensor(exponent)
+        if base is None or base.dtype not in _HALVES or exponent is None or known is None or known.dtype == base.dtype:
+            continue
+        assert node.graph is not None
+        name = f"{exponent.name}/{base.dtype.name.lower()}"
+        if name not in node.graph.initializers:
+            tensor = ir.tensor(known.numpy().astype(base.dtype.numpy()), name=name)
+            node.graph.register_initializer(ir.Value(name=name, type=ir.TensorType(tensor.dtype), const_value=tensor))
+        node.replace_input_with(1, node.graph.initializers[name])
 
 
 def _allow_unfused_attention(model: ir.Model) -> None:

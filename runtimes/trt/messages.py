@@ -1,6 +1,6 @@
 """TensorRT's errors in this package's words: which node, why, and what to do."""
 
-__all__ = ["build_error", "crash_error", "parse_error"]
+__all__ = ["build_error", "crash_error", "ended", "parse_error", "plain"]
 
 import re
 import signal
@@ -40,7 +40,7 @@ def parse_error(errors: Sequence[Mapping[str, Any]], nodes: Sequence[ir.Node], p
         # Some come without their node; the function that raised them is named after its operator.
         operator = error["operator"] or error["function"].removeprefix("import")
         known = nodes[error["node"]].name if 0 <= error["node"] < len(nodes) else None
-        reason = _plain(error["reason"])
+        reason = plain(error["reason"])
         lines.append(f"{error['name'] or known or 'a node'} ({operator}): "
                      + (f"TensorRT has no operator {operator}" if reason == "false" else reason))
     return UnsupportedGraphError("TensorRT's parser does not take the graph", found=_lines(lines), where=path,
@@ -49,7 +49,7 @@ def parse_error(errors: Sequence[Mapping[str, Any]], nodes: Sequence[ir.Node], p
 
 def build_error(messages: Sequence[str], path: Path) -> UnsupportedGraphError:
     """Why the builder made no engine of a graph that was parsed."""
-    reasons = list(dict.fromkeys(text for text in map(_plain, messages) if text))
+    reasons = list(dict.fromkeys(text for text in map(plain, messages) if text))
     return UnsupportedGraphError("TensorRT cannot build an engine from the graph",
                                  found=_lines(reasons) or "no reason given", where=path, fix=_fix(reasons))
 
@@ -63,8 +63,7 @@ def crash_error(returncode: int, phase: str, printed: str, path: Path) -> Modcom
         printed: What it had printed.
         path: The ONNX file.
     """
-    ended = signal.Signals(-returncode).name if returncode < 0 else f"exit status {returncode}"
-    found = _lines([f"{ended} while {phase}", *printed.strip().splitlines()[-5:]])
+    found = _lines([f"{ended(returncode)} while {phase}", *printed.strip().splitlines()[-5:]])
     if returncode == -getattr(signal, "SIGKILL", 9):
         return RuntimeUnavailableError("the build was killed, most likely for lack of memory", found=found, where=path,
                                        fix="more memory, or a smaller model")
@@ -72,7 +71,12 @@ def crash_error(returncode: int, phase: str, printed: str, path: Path) -> Modcom
                                  fix='export it with another opset, or build with runtime="ort"')
 
 
-def _plain(text: str) -> str:
+def ended(returncode: int) -> str:
+    """An exit status, or the name of the signal that ended a process."""
+    return signal.Signals(-returncode).name if returncode < 0 else f"exit status {returncode}"
+
+
+def plain(text: str) -> str:
     """A message without places in TensorRT's source, conditions in C++, and the GPU that nobody asked for."""
     kept = [line for line in text.splitlines() if "catchCudaError" not in line]
     if len(kept) > 1 and kept[0].startswith("Invalid Node - "):

@@ -6,8 +6,9 @@ key are one tensor is a segmentation fault in TensorRT-RTX 1.7. It imports nothi
 ``{"result": ...}`` or ``{"os_error": [errno, text]}``.
 """
 
-__all__ = ["make_log"]
+__all__ = ["PLUGIN_PHASE", "READING_PHASE", "load_plugins", "make_log"]
 
+import ctypes
 import importlib
 import json
 import os
@@ -16,6 +17,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+PLUGIN_PHASE, READING_PHASE = "loading the plugin library", "reading the graph"
 
 
 def make_log(trt: Any) -> Any:
@@ -37,6 +40,25 @@ def make_log(trt: Any) -> Any:
                 self.layer_table = text
 
     return Log()
+
+
+def load_plugins(trt: Any, path: str, creators: list[list[str]]) -> str | None:
+    """Loads a plugin library, which registers its plugins; returns what went wrong, if something did.
+
+    Args:
+        trt: The package of TensorRT.
+        path: The library.
+        creators: Name, version and namespace of every plugin that it must have registered.
+    """
+    try:
+        # The package has loaded it for itself, and the plugin library looks for the registry among global symbols.
+        ctypes.CDLL(f"libnvinfer.so.{trt.__version__.split('.')[0]}", mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(path)
+    except OSError as error:
+        return str(error)
+    registry = trt.get_plugin_registry()
+    missing = [name for name, *key in creators if registry.get_creator(name, *key) is None]
+    return f"loaded, but not registered: {', '.join(missing)}" if missing else None
 
 
 def _make_monitor(trt: Any, say: Callable[[str, Any], None]) -> Any:
@@ -68,6 +90,12 @@ def _run(job: dict[str, Any], say: Callable[[str, Any], None]) -> dict[str, Any]
     trt = importlib.import_module(job["package"])
     log = make_log(trt)
     started = time.perf_counter()
+    if job["plugins"]:
+        # A library that is cut short ends this process, and the last phase tells why.
+        say("progress", [PLUGIN_PHASE, 0, 1])
+        if problem := load_plugins(trt, job["plugins"], job["creators"]):
+            return {"plugins_error": problem}
+        say("progress", [READING_PHASE, 0, 1])
     try:
         builder = trt.Builder(log)
     except TypeError as error:
@@ -83,6 +111,8 @@ def _run(job: dict[str, Any], say: Callable[[str, Any], None]) -> dict[str, Any]
         return {"parse_errors": [{"node": error.node(), "name": error.node_name(), "operator": error.node_operator(),
                                   "function": error.func(), "reason": error.desc()} for error in found]}
     config = _config(trt, builder, job)
+    if not _use_timing_cache(config, job["timing_cache"]):
+        return {"timing_cache_error": log.errors + log.warnings}
     monitor = _make_monitor(trt, say)
     config.progress_monitor = monitor
     parsed = time.perf_counter()
@@ -92,6 +122,11 @@ def _run(job: dict[str, Any], say: Callable[[str, Any], None]) -> dict[str, Any]
     if plan is None:
         return result
     Path(job["engine"]).write_bytes(plan)
+    if job["timing_cache"]:
+        # Whole or not at all: several builds may share it.
+        partial = Path(f"{job['timing_cache']}.{os.getpid()}.partial")
+        partial.write_bytes(config.get_timing_cache().serialize())
+        partial.replace(job["timing_cache"])
     return {**result, "layer_table": log.layer_table, "network_layers": network.num_layers,
             "parse_s": round(parsed - started, 3), "build_s": round(built - parsed, 3),
             "inputs": [_described(network.get_input(index)) for index in range(network.num_inputs)],
@@ -106,6 +141,9 @@ def _config(trt: Any, builder: Any, job: dict[str, Any]) -> Any:
     config.set_flag(trt.BuilderFlag.STRICT_NANS)
     if not job["tf32"]:
         config.clear_flag(trt.BuilderFlag.TF32)
+    if job["plugins"] and hasattr(trt.PreviewFeature, "ALIASED_PLUGIN_IO_10_03"):
+        # Merged rows take the memory of what they are merged into.
+        config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     if job["compute_capabilities"]:
         config.num_compute_capabilities = len(job["compute_capabilities"])
         for index, name in enumerate(job["compute_capabilities"]):
@@ -116,6 +154,15 @@ def _config(trt: Any, builder: Any, job: dict[str, Any]) -> Any:
             profile.set_shape(name, *shapes)
         config.add_optimization_profile(profile)
     return config
+
+
+def _use_timing_cache(config: Any, path: str | None) -> bool:
+    """Gives the builder what kernels took in builds before; False for times of another GPU or release."""
+    if path is None:
+        return True
+    known = Path(path).read_bytes() if Path(path).exists() else b""
+    cache = config.create_timing_cache(known)
+    return cache is not None and config.set_timing_cache(cache, False)
 
 
 def _described(tensor: Any) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 // The plugins for TensorRT 8.6, by the interface IPluginV2DynamicExt.
 
 #include <cstring>
-#include <initializer_list>
 
 #include "op.h"
 
@@ -22,25 +21,25 @@ class Plugin final : public nvinfer1::IPluginV2DynamicExt {
   const char* getPluginVersion() const noexcept override { return kVersion; }
   const char* getPluginNamespace() const noexcept override { return kNamespace; }
   void setPluginNamespace(const char*) noexcept override {}
-  int32_t getNbOutputs() const noexcept override { return 1; }
+  int32_t getNbOutputs() const noexcept override { return op_.output_count(); }
   int32_t initialize() noexcept override { return 0; }
   void terminate() noexcept override {}
   void destroy() noexcept override { delete this; }
   Plugin* clone() const noexcept override { return new Plugin(op_); }
 
-  DataType getOutputDataType(int32_t, const DataType* inputs, int32_t) const noexcept override {
-    return op_.output_type(inputs[0]);
+  DataType getOutputDataType(int32_t output, const DataType* inputs, int32_t) const noexcept override {
+    return op_.output_type(output, inputs[0]);
   }
 
-  DimsExprs getOutputDimensions(int32_t, const DimsExprs* inputs, int32_t,
+  DimsExprs getOutputDimensions(int32_t output, const DimsExprs* inputs, int32_t,
                                 nvinfer1::IExprBuilder& builder) noexcept override {
-    return op_.output_dims(inputs, builder);
+    return op_.output_dims(output, inputs, builder);
   }
 
   bool supportsFormatCombination(int32_t at, const PluginTensorDesc* tensors, int32_t inputs,
                                  int32_t outputs) noexcept override {
-    return inputs == op_.input_count() && outputs == 1 && tensors[at].format == nvinfer1::TensorFormat::kLINEAR &&
-           op_.takes(at, tensors[at].type, tensors[0].type);
+    return inputs == op_.input_count() && outputs == op_.output_count() &&
+           tensors[at].format == nvinfer1::TensorFormat::kLINEAR && op_.takes(at, tensors[at].type, tensors[0].type);
   }
 
   void configurePlugin(const DynamicPluginTensorDesc*, int32_t, const DynamicPluginTensorDesc*,
@@ -53,7 +52,7 @@ class Plugin final : public nvinfer1::IPluginV2DynamicExt {
 
   int32_t enqueue(const PluginTensorDesc* inputs, const PluginTensorDesc*, const void* const* tensors,
                   void* const* outputs, void* workspace, cudaStream_t stream) noexcept override {
-    return op_.enqueue(inputs, tensors, outputs[0], workspace, stream);
+    return op_.enqueue(inputs, tensors, outputs, workspace, stream);
   }
 
   // In an engine, a plugin is its capacity.
@@ -101,7 +100,7 @@ class Creator final : public nvinfer1::IPluginCreator {
 // Loading the library is enough. The registry keeps the creators, so they are never freed.
 const bool registered = [] {
   bool all = true;
-  for (const Kind kind : {Kind::kRoute, Kind::kMaskedRoute, Kind::kGatherRows, Kind::kMergeRows}) {
+  for (const Kind kind : kKinds) {
     all = getPluginRegistry()->registerCreator(*new Creator(kind), kNamespace) && all;
   }
   return all;

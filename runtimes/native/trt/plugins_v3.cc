@@ -1,7 +1,5 @@
 // The plugins for TensorRT 10 and 11, by the interface IPluginV3.
 
-#include <initializer_list>
-
 #include "op.h"
 
 #if NV_TENSORRT_MAJOR < 10 || (NV_TENSORRT_MAJOR == 10 && NV_TENSORRT_MINOR < 7)
@@ -42,19 +40,19 @@ class Plugin final : public nvinfer1::IPluginV3,
   const char* getPluginVersion() const noexcept override { return kVersion; }
   const char* getPluginNamespace() const noexcept override { return kNamespace; }
 
-  int32_t getNbOutputs() const noexcept override { return 1; }
+  int32_t getNbOutputs() const noexcept override { return op_.output_count(); }
 
   int32_t getOutputDataTypes(DataType* outputs, int32_t output_count, const DataType* inputs,
                              int32_t input_count) const noexcept override {
     if (!fits(input_count, output_count)) return 1;
-    outputs[0] = op_.output_type(inputs[0]);
+    for (int32_t i = 0; i < output_count; ++i) outputs[i] = op_.output_type(i, inputs[0]);
     return 0;
   }
 
   int32_t getOutputShapes(const DimsExprs* inputs, int32_t input_count, const DimsExprs*, int32_t, DimsExprs* outputs,
                           int32_t output_count, nvinfer1::IExprBuilder& builder) noexcept override {
     if (!fits(input_count, output_count)) return 1;
-    outputs[0] = op_.output_dims(inputs, builder);
+    for (int32_t i = 0; i < output_count; ++i) outputs[i] = op_.output_dims(i, inputs, builder);
     return 0;
   }
 
@@ -84,7 +82,7 @@ class Plugin final : public nvinfer1::IPluginV3,
 
   int32_t enqueue(const PluginTensorDesc* inputs, const PluginTensorDesc*, const void* const* tensors,
                   void* const* outputs, void* workspace, cudaStream_t stream) noexcept override {
-    return op_.enqueue(inputs, tensors, outputs[0], workspace, stream);
+    return op_.enqueue(inputs, tensors, outputs, workspace, stream);
   }
 
   Plugin* attachToContext(nvinfer1::IPluginResourceContext*) noexcept override { return clone(); }
@@ -95,7 +93,9 @@ class Plugin final : public nvinfer1::IPluginV3,
   }
 
  private:
-  bool fits(int32_t inputs, int32_t outputs) const { return inputs == op_.input_count() && outputs == 1; }
+  bool fits(int32_t inputs, int32_t outputs) const {
+    return inputs == op_.input_count() && outputs == op_.output_count();
+  }
 
   Op op_;
   int32_t capacity_ = 0;
@@ -126,7 +126,7 @@ class Creator final : public nvinfer1::IPluginCreatorV3One {
 // Loading the library is enough. The registry keeps the creators, so they are never freed.
 const bool registered = [] {
   bool all = true;
-  for (const Kind kind : {Kind::kRoute, Kind::kMaskedRoute, Kind::kGatherRows, Kind::kMergeRows}) {
+  for (const Kind kind : kKinds) {
     all = getPluginRegistry()->registerCreator(*new Creator(kind), kNamespace) && all;
   }
   return all;

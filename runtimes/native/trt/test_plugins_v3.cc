@@ -127,8 +127,8 @@ class Sizes final : public IExprBuilder, public apiv::VExprBuilder {
 struct Case {
   const char* name;
   std::vector<std::vector<int64_t>> inputs;
-  std::vector<int64_t> output;
-  std::vector<DataType> types;  // of the inputs, then of the output
+  std::vector<std::vector<int64_t>> outputs;
+  std::vector<DataType> types;  // of the inputs, then of the outputs
   int32_t capacity;             // 0: no field
 };
 
@@ -160,7 +160,7 @@ std::vector<PluginTensorDesc> descriptions(const Case& made) {
   std::vector<PluginTensorDesc> all;
   for (size_t i = 0; i < made.types.size(); ++i) {
     PluginTensorDesc tensor{};
-    tensor.dims = dims_of(i < made.inputs.size() ? made.inputs[i] : made.output);
+    tensor.dims = dims_of(i < made.inputs.size() ? made.inputs[i] : made.outputs[i - made.inputs.size()]);
     tensor.type = made.types[i];
     tensor.format = TensorFormat::kLINEAR;
     all.push_back(tensor);
@@ -182,14 +182,15 @@ std::vector<DynamicPluginTensorDesc> dynamic(const std::vector<PluginTensorDesc>
 // Creators
 
 void test_creators() {
-  const std::vector<std::string> names = {"GatherRows", "MaskedRoute", "MergeRows", "Route"};
+  const std::vector<std::string> names = {"GatherRows", "MaskedRoute", "MaskedRouteRows",
+                                          "MergeRows",  "Route",       "RouteRows"};
   CHECK(registry().creators.size() == names.size());
   for (const std::string& name : names) {
     auto& creator = static_cast<IPluginCreatorV3One&>(*registry().creators.at(name));
     CHECK(creator.getPluginVersion() == std::string("1"));
     CHECK(creator.getPluginNamespace() == std::string("modcompile"));
     const PluginFieldCollection& fields = *creator.getFieldNames();
-    const bool routes = name == "Route" || name == "MaskedRoute";
+    const bool routes = name.find("Route") != std::string::npos;
     CHECK(fields.nbFields == (routes ? 1 : 0));
     if (routes) {
       CHECK(fields.fields[0].name == std::string("capacity"));
@@ -230,7 +231,7 @@ constexpr DataType kEveryType[] = {DataType::kFLOAT, DataType::kHALF,  DataType:
 std::vector<std::vector<DataType>> combinations(IPluginV3& plugin, const Case& made) {
   std::vector<std::vector<DataType>> all = {{}};
   std::vector<PluginTensorDesc> tensors = descriptions(made);
-  const auto inputs = static_cast<int32_t>(made.inputs.size());
+  const auto inputs = static_cast<int32_t>(made.inputs.size()), outputs = static_cast<int32_t>(made.outputs.size());
   for (size_t at = 0; at < tensors.size(); ++at) {
     std::vector<std::vector<DataType>> longer;
     for (const std::vector<DataType>& before : all) {
@@ -240,7 +241,7 @@ std::vector<std::vector<DataType>> combinations(IPluginV3& plugin, const Case& m
         for (const TensorFormat format : {TensorFormat::kLINEAR, TensorFormat::kCHW2, TensorFormat::kHWC8}) {
           tensors[at].format = format;
           const auto given = dynamic(tensors);
-          if (!build(plugin).supportsFormatCombination(static_cast<int32_t>(at), given.data(), inputs, 1)) continue;
+          if (!build(plugin).supportsFormatCombination(static_cast<int32_t>(at), given.data(), inputs, outputs)) continue;
           CHECK(format == TensorFormat::kLINEAR);
           longer.push_back(before);
           longer.back().push_back(type);
@@ -261,33 +262,39 @@ void test_building(const Case& made, const std::vector<std::vector<DataType>>& e
   CHECK(core(*plugin).getPluginNamespace() == std::string("modcompile"));
   IPluginV3OneBuildV2& builds = build(*plugin);
   CHECK(builds.getInterfaceInfo().major == 2);
-  CHECK(builds.getNbOutputs() == 1);
+  const auto inputs = static_cast<int32_t>(made.inputs.size()), outputs = static_cast<int32_t>(made.outputs.size());
+  CHECK(builds.getNbOutputs() == outputs);
   CHECK(builds.getAliasedInput(0) == alias);
 
-  const auto inputs = static_cast<int32_t>(made.inputs.size());
-  DataType type{};
-  CHECK(builds.getOutputDataTypes(&type, 1, made.types.data(), inputs) == 0);
-  CHECK(type == made.types.back());
-  CHECK(builds.getOutputDataTypes(&type, 1, made.types.data(), inputs + 1) != 0);
-  CHECK(builds.getOutputDataTypes(&type, 2, made.types.data(), inputs) != 0);
+  std::vector<DataType> types(made.outputs.size(), DataType::kINT4);
+  CHECK(builds.getOutputDataTypes(types.data(), outputs, made.types.data(), inputs) == 0);
+  CHECK(types == std::vector<DataType>(made.types.begin() + inputs, made.types.end()));
+  CHECK(builds.getOutputDataTypes(types.data(), outputs, made.types.data(), inputs + 1) != 0);
+  CHECK(builds.getOutputDataTypes(types.data(), outputs + 1, made.types.data(), inputs) != 0);
 
   Sizes sizes;
-  std::vector<DimsExprs> given;
+  std::vector<DimsExprs> given, found(made.outputs.size());
   for (const auto& shape : made.inputs) given.push_back(sizes.of(shape));
-  DimsExprs dims{};
-  CHECK(builds.getOutputShapes(given.data(), inputs, nullptr, 0, &dims, 1, sizes) == 0);
-  CHECK(dims.nbDims == static_cast<int32_t>(made.output.size()));
-  for (size_t axis = 0; axis < made.output.size(); ++axis) CHECK(dims.d[axis]->getConstantValue() == made.output[axis]);
-  CHECK(builds.getOutputShapes(given.data(), inputs - 1, nullptr, 0, &dims, 1, sizes) != 0);
+  CHECK(builds.getOutputShapes(given.data(), inputs, nullptr, 0, found.data(), outputs, sizes) == 0);
+  for (size_t i = 0; i < found.size(); ++i) {
+    CHECK(found[i].nbDims == static_cast<int32_t>(made.outputs[i].size()));
+    for (size_t axis = 0; axis < made.outputs[i].size(); ++axis) {
+      CHECK(found[i].d[axis]->getConstantValue() == made.outputs[i][axis]);
+    }
+  }
+  CHECK(builds.getOutputShapes(given.data(), inputs - 1, nullptr, 0, found.data(), outputs, sizes) != 0);
 
   CHECK(combinations(*plugin, made) == expected_types);
   const auto tensors = dynamic(descriptions(made));
-  CHECK(builds.configurePlugin(tensors.data(), inputs, tensors.data() + inputs, 1) == 0);
-  CHECK(builds.configurePlugin(tensors.data(), inputs - 1, tensors.data() + inputs, 1) != 0);
+  CHECK(builds.configurePlugin(tensors.data(), inputs, tensors.data() + inputs, outputs) == 0);
+  CHECK(builds.configurePlugin(tensors.data(), inputs - 1, tensors.data() + inputs, outputs) != 0);
   const int64_t batch = made.inputs[0][0], rows = made.inputs[0][1];
-  const bool masked = made.name == std::string("MaskedRoute");
-  CHECK(builds.getWorkspaceSize(tensors.data(), inputs, tensors.data() + inputs, 1) ==
-        static_cast<size_t>(made.capacity == 0 ? 0 : batch * (made.capacity + (masked ? rows : 0))));
+  const std::string name = made.name;
+  int64_t bytes = made.capacity == 0 ? 0 : batch * made.capacity;
+  if (name.find("Masked") == 0) bytes += batch * rows;
+  // A counter for each batch row.
+  if (name.find("RouteRows") != std::string::npos) bytes += batch * 4;
+  CHECK(builds.getWorkspaceSize(tensors.data(), inputs, tensors.data() + inputs, outputs) == static_cast<size_t>(bytes));
 }
 
 void test_serialization(const Case& made) {
@@ -310,7 +317,8 @@ void test_serialization(const Case& made) {
     if (made.capacity != 0) CHECK(*static_cast<const int32_t*>(again.fields[0].data) == made.capacity);
     const auto tensors = descriptions(made);
     const auto inputs = static_cast<int32_t>(made.inputs.size());
-    CHECK(runtime(*each).onShapeChange(tensors.data(), inputs, tensors.data() + inputs, 1) == 0);
+    CHECK(runtime(*each).onShapeChange(tensors.data(), inputs, tensors.data() + inputs,
+                                       static_cast<int32_t>(made.outputs.size())) == 0);
   }
 }
 
@@ -353,12 +361,13 @@ class Buffer {
 };
 
 // Enqueues a plugin as a runtime makes it, recorded as a CUDA graph that is launched twice.
-void enqueue(const Case& made, const std::vector<const void*>& inputs, void* output) {
+void enqueue(const Case& made, const std::vector<const void*>& inputs, const std::vector<void*>& outputs) {
   const auto built = make(made);
   const auto tensors = descriptions(made);
   const auto all = dynamic(tensors);
   const auto count = static_cast<int32_t>(made.inputs.size());
-  const size_t bytes = build(*built).getWorkspaceSize(all.data(), count, all.data() + count, 1);
+  const auto given = static_cast<int32_t>(made.outputs.size());
+  const size_t bytes = build(*built).getWorkspaceSize(all.data(), count, all.data() + count, given);
   const Buffer workspace(std::vector<uint8_t>(bytes, 0xee));
   auto& creator = static_cast<IPluginCreatorV3One&>(*registry().creators.at(made.name));
   const std::unique_ptr<IPluginV3> read(
@@ -369,15 +378,14 @@ void enqueue(const Case& made, const std::vector<const void*>& inputs, void* out
   cudaGraphExec_t replay{};
   check_cuda(cudaStreamCreate(&stream));
   check_cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-  void* const outputs[] = {output};
-  CHECK(runtime(*plugin).onShapeChange(tensors.data(), count, tensors.data() + count, 1) == 0);
-  CHECK(runtime(*plugin).enqueue(tensors.data(), tensors.data() + count, inputs.data(), outputs, workspace.data(),
-                                 stream) == 0);
+  CHECK(runtime(*plugin).onShapeChange(tensors.data(), count, tensors.data() + count, given) == 0);
+  CHECK(runtime(*plugin).enqueue(tensors.data(), tensors.data() + count, inputs.data(), outputs.data(),
+                                 workspace.data(), stream) == 0);
   check_cuda(cudaStreamEndCapture(stream, &graph));
   check_cuda(cudaGraphInstantiate(&replay, graph, 0));
   check_cuda(cudaGraphLaunch(replay, stream));
   // In place, a second merge would merge what is merged.
-  if (inputs[0] != output) check_cuda(cudaGraphLaunch(replay, stream));
+  if (inputs[0] != outputs[0]) check_cuda(cudaGraphLaunch(replay, stream));
   check_cuda(cudaStreamSynchronize(stream));
   check_cuda(cudaGraphExecDestroy(replay));
   check_cuda(cudaGraphDestroy(graph));
@@ -419,15 +427,15 @@ void test_running_routes(int64_t batch, int64_t rows, int32_t capacity, int dist
   const Buffer device_logits(logits), device_valid(valid);
   const std::vector<int64_t> poison(static_cast<size_t>(batch * capacity), -7);
   {
-    const Case plain{"Route", {{batch, rows}}, {batch, capacity}, {DataType::kFLOAT, DataType::kINT64}, capacity};
+    const Case plain{"Route", {{batch, rows}}, {{batch, capacity}}, {DataType::kFLOAT, DataType::kINT64}, capacity};
     const Buffer output(poison);
-    enqueue(plain, {device_logits.data()}, output.data());
+    enqueue(plain, {device_logits.data()}, {output.data()});
     CHECK(output.read<int64_t>() == routed(logits, nullptr, batch, rows, capacity));
   }
-  const Case masked{"MaskedRoute", {{batch, rows}, {batch, rows}}, {batch, capacity},
+  const Case masked{"MaskedRoute", {{batch, rows}, {batch, rows}}, {{batch, capacity}},
                     {DataType::kFLOAT, DataType::kINT32, DataType::kINT64}, capacity};
   const Buffer output(poison);
-  enqueue(masked, {device_logits.data(), device_valid.data()}, output.data());
+  enqueue(masked, {device_logits.data(), device_valid.data()}, {output.data()});
   CHECK(output.read<int64_t>() == routed(logits, &valid, batch, rows, capacity));
 }
 
@@ -463,6 +471,42 @@ std::vector<int64_t> random_positions(int64_t batch, int64_t rows, int64_t capac
   return routed(random_values<float>(batch * rows), nullptr, batch, rows, capacity);
 }
 
+// Logits are compared with a sum in double, positions with the route of the logits that were given.
+template <typename T>
+void test_running_route_rows(DataType type, int64_t batch, int64_t rows, int32_t capacity, int64_t width) {
+  const std::vector<T> x = random_values<T>(batch * rows * width);
+  const std::vector<float> weight = random_values<float>(width), bias = {random_real()};
+  std::vector<int32_t> valid;
+  for (int64_t i = 0; i < batch * rows; ++i) valid.push_back(static_cast<int32_t>(random_bits()() % 3 == 0) * 256);
+  const Buffer device_x(x), device_weight(weight), device_bias(bias), device_valid(valid);
+  for (const bool masked : {false, true}) {
+    Case made{"RouteRows", {{batch, rows, width}, {width}, {1}}, {{batch, rows}, {batch, capacity}},
+              {type, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT64}, capacity};
+    std::vector<const void*> inputs = {device_x.data(), device_weight.data(), device_bias.data()};
+    if (masked) {
+      made.name = "MaskedRouteRows";
+      made.inputs.push_back({batch, rows});
+      made.types.insert(made.types.begin() + 3, DataType::kINT32);
+      inputs.push_back(device_valid.data());
+    }
+    const Buffer positions(std::vector<int64_t>(static_cast<size_t>(batch * capacity), -7));
+    const Buffer logits(std::vector<float>(static_cast<size_t>(batch * rows), -7));
+    enqueue(made, inputs, {logits.data(), positions.data()});
+    const auto found = logits.read<float>();
+    for (int64_t row = 0; row < batch * rows; ++row) {
+      double sum = bias[0], size = std::abs(sum);
+      for (int64_t i = 0; i < width; ++i) {
+        const double product = static_cast<double>(widened(x[static_cast<size_t>(row * width + i)])) *
+                               static_cast<double>(weight[static_cast<size_t>(i)]);
+        sum += product;
+        size += std::abs(product);
+      }
+      CHECK(std::abs(static_cast<double>(found[static_cast<size_t>(row)]) - sum) <= 1e-6 * size);
+    }
+    CHECK(positions.read<int64_t>() == routed(found, masked ? &valid : nullptr, batch, rows, capacity));
+  }
+}
+
 template <typename T>
 void test_running_gather(DataType type, int64_t batch, int64_t rows, int64_t capacity, int64_t width) {
   const std::vector<T> x = random_values<T>(batch * rows * width);
@@ -472,10 +516,10 @@ void test_running_gather(DataType type, int64_t batch, int64_t rows, int64_t cap
     const auto row = x.begin() + (slot / capacity * rows + positions[static_cast<size_t>(slot)]) * width;
     expected.insert(expected.end(), row, row + width);
   }
-  const Case made{"GatherRows", {{batch, rows, width}, {batch, capacity}}, {batch, capacity, width},
+  const Case made{"GatherRows", {{batch, rows, width}, {batch, capacity}}, {{batch, capacity, width}},
                   {type, DataType::kINT64, type}, 0};
   const Buffer device_x(x), device_positions(positions), output(std::vector<uint8_t>(expected.size() * sizeof(T), 0xee));
-  enqueue(made, {device_x.data(), device_positions.data()}, output.data());
+  enqueue(made, {device_x.data(), device_positions.data()}, {output.data()});
   CHECK(same_bits(output.read<T>(), expected));
 }
 
@@ -499,20 +543,20 @@ void test_running_merge(DataType type, int64_t batch, int64_t rows, int64_t capa
     }
   }
   const Case made{"MergeRows", {{batch, rows, width}, {batch, capacity, width}, {batch, capacity}, {batch, capacity}},
-                  {batch, rows, width}, {type, type, DataType::kINT64, type, type}, 0};
+                  {{batch, rows, width}}, {type, type, DataType::kINT64, type, type}, 0};
   const Buffer device_x(x), device_y(y), device_positions(positions), device_gates(gates);
   const Buffer output(std::vector<uint8_t>(expected.size() * sizeof(T), 0xee));
   const std::vector<const void*> inputs = {device_x.data(), device_y.data(), device_positions.data(), device_gates.data()};
-  enqueue(made, inputs, output.data());
+  enqueue(made, inputs, {output.data()});
   CHECK(same_bits(output.read<T>(), expected));
   CHECK(same_bits(device_x.read<T>(), x));
   // Aliased.
-  enqueue(made, inputs, device_x.data());
+  enqueue(made, inputs, {device_x.data()});
   CHECK(same_bits(device_x.read<T>(), expected));
 }
 
 void test_a_launch_that_cannot_be() {
-  const Case made{"Route", {{2, 4}}, {2, 9}, {DataType::kFLOAT, DataType::kINT64}, 9};
+  const Case made{"Route", {{2, 4}}, {{2, 9}}, {DataType::kFLOAT, DataType::kINT64}, 9};
   const auto plugin = make(made);
   const auto tensors = descriptions(made);
   const Buffer logits(std::vector<float>(8)), output(std::vector<int64_t>(18)), workspace(std::vector<uint8_t>(18));
@@ -532,6 +576,9 @@ void test_running() {
     test_running_routes(2, 8192, 1024, distinct);
   }
   for (const int64_t width : {1, 33, 64, 1024}) {
+    test_running_route_rows<float>(DataType::kFLOAT, 2, 63, 5, width);
+    test_running_route_rows<__half>(DataType::kHALF, 3, 1024, 128, width);
+    test_running_route_rows<__nv_bfloat16>(DataType::kBF16, 1, 9, 9, width);
     test_running_gather<float>(DataType::kFLOAT, 2, 63, 5, width);
     test_running_gather<__half>(DataType::kHALF, 3, 1024, 128, width);
     test_running_gather<__nv_bfloat16>(DataType::kBF16, 1, 9, 9, width);
@@ -553,20 +600,28 @@ int main(int count, char** arguments) {
   const bool without_gpu = count > 1 && std::string(arguments[1]) == "--without-gpu";
   constexpr DataType kReal = DataType::kFLOAT, kHalf = DataType::kHALF, kBrain = DataType::kBF16;
   constexpr DataType kInt = DataType::kINT32, kLong = DataType::kINT64;
-  const Case route{"Route", {{2, 63}}, {2, 5}, {kReal, kLong}, 5};
-  const Case masked_route{"MaskedRoute", {{2, 63}, {2, 63}}, {2, 5}, {kReal, kInt, kLong}, 5};
-  const Case gather{"GatherRows", {{2, 63, 3, 4}, {2, 5}}, {2, 5, 3, 4}, {kHalf, kLong, kHalf}, 0};
-  const Case merge{"MergeRows", {{2, 63, 4}, {2, 5, 4}, {2, 5}, {2, 5}}, {2, 63, 4},
+  const Case route{"Route", {{2, 63}}, {{2, 5}}, {kReal, kLong}, 5};
+  const Case masked_route{"MaskedRoute", {{2, 63}, {2, 63}}, {{2, 5}}, {kReal, kInt, kLong}, 5};
+  const Case route_rows{"RouteRows", {{2, 63, 24}, {24}, {1}}, {{2, 63}, {2, 5}},
+                        {kHalf, kReal, kReal, kReal, kLong}, 5};
+  const Case masked_route_rows{"MaskedRouteRows", {{2, 63, 24}, {24}, {1}, {2, 63}}, {{2, 63}, {2, 5}},
+                               {kHalf, kReal, kReal, kInt, kReal, kLong}, 5};
+  const Case gather{"GatherRows", {{2, 63, 3, 4}, {2, 5}}, {{2, 5, 3, 4}}, {kHalf, kLong, kHalf}, 0};
+  const Case merge{"MergeRows", {{2, 63, 4}, {2, 5, 4}, {2, 5}, {2, 5}}, {{2, 63, 4}},
                    {kHalf, kHalf, kLong, kHalf, kHalf}, 0};
   test_creators();
   test_fields_that_are_no_capacity();
   test_building(route, {{kReal, kLong}}, -1);
   test_building(masked_route, {{kReal, kInt, kLong}}, -1);
+  test_building(route_rows, {{kReal, kReal, kReal, kReal, kLong}, {kHalf, kReal, kReal, kReal, kLong},
+                             {kBrain, kReal, kReal, kReal, kLong}}, -1);
+  test_building(masked_route_rows, {{kReal, kReal, kReal, kInt, kReal, kLong}, {kHalf, kReal, kReal, kInt, kReal, kLong},
+                                    {kBrain, kReal, kReal, kInt, kReal, kLong}}, -1);
   test_building(gather, {{kReal, kLong, kReal}, {kHalf, kLong, kHalf}, {kInt, kLong, kInt}, {kBrain, kLong, kBrain},
                          {kLong, kLong, kLong}}, -1);
   test_building(merge, {{kReal, kReal, kLong, kReal, kReal}, {kHalf, kHalf, kLong, kHalf, kHalf},
                         {kBrain, kBrain, kLong, kBrain, kBrain}}, 0);
-  for (const Case& made : {route, masked_route, gather, merge}) test_serialization(made);
+  for (const Case& made : {route, masked_route, route_rows, masked_route_rows, gather, merge}) test_serialization(made);
   if (!without_gpu) test_running();
   std::printf("%d checks passed%s\n", checks, without_gpu ? ", none of them of enqueue" : "");
   return 0;

@@ -2,8 +2,8 @@
 
 Why: between products a block is bound by memory, and each sum of its own reads and writes the whole of it once more.
 ONNX Runtime fuses some of this itself, but not where the sum is used again, as every pre-norm block's is, and not
-around rows that are gathered and merged; and a product with a bias it makes of two kernels, one of which only copies the
-bias. What is not reached stays as it is, and means the same.
+around rows that are gathered and merged; and a product with a bias it makes of two kernels, one of which only copies
+the bias. What is not reached stays as it is, and means the same.
 """
 
 __all__ = ["fuse_for_cuda"]

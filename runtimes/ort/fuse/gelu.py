@@ -1,7 +1,7 @@
 """A bias and GELU in one operator.
 
-    before:  %h = Add(%p, %b);  %y = Gelu(%h, approximate="tanh")
-    after:   %y = FastGelu(%p, %b)
+before:  %h = Add(%p, %b);  %y = Gelu(%h, approximate="tanh")
+after:   %y = FastGelu(%p, %b)
 """
 
 __all__ = ["fuse_gelu"]

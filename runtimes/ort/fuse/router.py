@@ -62,12 +62,14 @@ def _fuse(graph: ir.Graph, route: ir.Node) -> bool:
     x = cast.inputs[0] if cast else x
     if x is None or x.dtype not in _TYPES:
         return False
-    # The mask may be made of the first norm's users; what it needs is there where the route is.
-    made = ir.node(f"{route.op_type}Rows", [x, weight, bias, *rest], domain=DOMAIN, num_outputs=3, name=f"{route.name}Rows")
+    made = ir.node(f"{route.op_type}Rows", [x, weight, bias, *rest], domain=DOMAIN, num_outputs=3,
+                   name=f"{route.name}Rows")
     graph.insert_before(route, made)
     for old, new in zip((logits, *route.outputs), made.outputs, strict=True):
-        new.name, new.shape, new.type = f"{made.name}/{old.name}", old.shape, old.type
-        old.replace_all_uses_with(new)
+        # One that the graph hands out keeps its name.
+        old.name, new.name = f"{old.name}/unfused", old.name
+        new.shape, new.type = old.shape, old.type
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
     return True
 
 

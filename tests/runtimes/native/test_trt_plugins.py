@@ -3,6 +3,7 @@ TensorRT's headers and nvcc to build them: the objects of TensorRT 10 and 11 are
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,12 +17,13 @@ import pytest
 import tiny
 import torch
 from modcompile.runtimes.trt.lower import TOPK_LIMIT, lower
+from modcompile.runtimes.trt.plugin_library import identify
 from modcompile.runtimes.trt.profile import bind_profile
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 import modcompile as mc
-from modcompile.errors import UnsupportedGraphError
+from modcompile.errors import RuntimeUnavailableError, UnsupportedGraphError
 from modcompile.ops import gather_rows, merge_rows, onnx_functions, route
 
 # B batch  S rows  K capacity  D width
@@ -56,6 +58,27 @@ main (float[B, S, 4] x, bool[B, S] valid) => (float[B, S, 4] out, bool[B, K] cho
     ["block.merge"] out = modcompile.MergeRows (x, y, positions, gate)
 }
 """
+# A linear router in float32 on rows of half precision, as the exporter writes it; the gate is its logit.
+ROUTER = """
+main (float16[B, S, 4] x, bool[B, S] valid) => (float16[B, S, 4] out)
+<float[4, 1] weight = {0.5, -1.0, 0.25, 2.0}, float[1] bias = {1.0}, int64 capacity = {5}, int64[1] last = {-1},
+ float zero = {0.0}>
+{
+    wide = Cast <to = 1> (x)
+    scores = MatMul (wide, weight)
+    moved = Add (scores, bias)
+    logits = Squeeze (moved, last)
+    gate_all = Sigmoid (logits)
+    ["block.route"] positions, filled = modcompile.Route (logits, capacity)
+    ["block.rows"] rows = modcompile.GatherRows (x, positions)
+    y = Tanh (rows)
+    picked = GatherElements <axis = 1> (gate_all, positions)
+    open = Where (filled, picked, zero)
+    gate = Cast <to = 10> (open)
+    ["block.merge"] out = modcompile.MergeRows (x, y, positions, gate)
+}
+"""
+MASKED_ROUTER = ROUTER.replace("modcompile.Route (logits,", "modcompile.MaskedRoute (logits, valid,")
 
 
 def parsed(text):
@@ -161,6 +184,54 @@ def test_an_op_without_a_plugin():
         lowered(model, {"x": (1, 17, 4)})
 
 
+def test_a_linear_router_is_part_of_its_route():
+    fields = {**FIELDS, "capacity": 5}
+    model = lowered(parsed(ROUTER), {"x": (2, 17, 4)})
+    # No choice by `filled`, and the gate reads the logits that the plugin gives.
+    assert [node.op_type for node in model.graph] == [
+        "RouteRows", "Sigmoid", "GatherRows", "Tanh", "GatherElements", "Cast", "MergeRows"]
+    assert listing(model)[0] == (f"block.route RouteRows {fields}: x FLOAT16, weight/vector FLOAT, bias/vector FLOAT"
+                                 " -> logits FLOAT, positions INT64")
+    assert model.graph.initializers["weight/vector"].const_value.numpy().tolist() == [0.5, -1.0, 0.25, 2.0]
+    masked = listing(lowered(parsed(MASKED_ROUTER), {"x": (2, 17, 4)}))
+    assert masked[1] == (f"block.route MaskedRouteRows {fields}: x FLOAT16, weight/vector FLOAT, bias/vector FLOAT,"
+                         " positions/Cast.int32 INT32 -> logits FLOAT, positions INT64")
+    for text in (ROUTER, MASKED_ROUTER):
+        once = lowered(parsed(text), {"x": (2, 17, 4)})
+        again = lower(once, bind_profile(once.graph.inputs, {}), plugins=True)
+        assert ir.to_proto(again) == ir.to_proto(once)
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    # The logits are an output, and stay those of the layers.
+    ("(float16[B, S, 4] out)", "(float16[B, S, 4] out, float[B, S] logits)"),
+    # A bias of every row.
+    ("moved = Add (scores, bias)", "row = Neg (scores) moved = Add (scores, row)"),
+    ("moved = Add (scores, bias)", "moved = Sub (scores, bias)"),
+    # One sequence, whose rows are the batch.
+    ("logits = Squeeze (moved, last)",
+     "first = Constant <value = int64[1] {0}> () logits = Squeeze (moved, first)"),
+    ("scores = MatMul (wide, weight)", "hidden = Tanh (wide) scores = ReduceSum <keepdims = 1> (hidden, last)"),
+    # A weight that is computed.
+    ("scores = MatMul (wide, weight)", "other = Gather (valid, last) typed = Cast <to = 1> (other)"
+     " few = ReduceMax (typed) computed = Mul (weight, few) scores = MatMul (wide, computed)"),
+])
+def test_other_routers_stay_layers(old, new):
+    assert old in ROUTER
+    model = lowered(parsed(ROUTER.replace(old, new)), {"x": (2, 17, 4)})
+    ours = [node.op_type for node in model.graph if node.domain == "modcompile"]
+    assert ours == ["Route", "GatherRows", "MergeRows"]
+
+
+def test_names_that_are_made_are_no_others():
+    # As the graph names values itself.
+    for text in (MASKED, MASKED_ROUTER):
+        for index in range(4):
+            model = lowered(parsed(text.replace("last", f"val_{index}")), {"x": (2, 17, 4)})
+            names = [*model.graph.initializers, *(value.name for node in model.graph for value in node.outputs)]
+            assert len(set(names)) == len(names)
+
+
 class Plugin(OpRun):
     """A plugin as the lowered graph sees one: no bool, one output, its fields."""
 
@@ -172,7 +243,8 @@ class Plugin(OpRun):
     def _run(self, *arrays, capacity=None, plugin_namespace=None, plugin_version=None):
         assert (plugin_namespace, plugin_version) == ("modcompile", "1")
         assert all(array.dtype != np.bool_ for array in arrays)
-        return (self.compute(*map(torch.tensor, arrays), *([] if capacity is None else [capacity])).numpy(),)
+        results = self.compute(*map(torch.tensor, arrays), *([] if capacity is None else [capacity]))
+        return tuple(result.numpy() for result in (results if isinstance(results, tuple) else (results,)))
 
 
 class RoutePlugin(Plugin):
@@ -188,6 +260,26 @@ class MaskedRoutePlugin(Plugin):
         return route(logits, valid != 0, capacity)[0]
 
 
+def scores(x, weight, bias):
+    assert weight.shape == x.shape[2:] and bias.shape == (1,) and weight.dtype == bias.dtype == torch.float32
+    return x.float() @ weight + bias
+
+
+class RouteRowsPlugin(Plugin):
+    @staticmethod
+    def compute(x, weight, bias, capacity):
+        logits = scores(x, weight, bias)
+        return logits, route(logits, None, capacity)[0]
+
+
+class MaskedRouteRowsPlugin(Plugin):
+    @staticmethod
+    def compute(x, weight, bias, valid, capacity):
+        assert valid.dtype == torch.int32
+        logits = scores(x, weight, bias)
+        return logits, route(logits, valid != 0, capacity)[0]
+
+
 class GatherRowsPlugin(Plugin):
     compute = staticmethod(gather_rows)
 
@@ -196,7 +288,7 @@ class MergeRowsPlugin(Plugin):
     compute = staticmethod(merge_rows)
 
 
-PLUGINS = [RoutePlugin, MaskedRoutePlugin, GatherRowsPlugin, MergeRowsPlugin]
+PLUGINS = [RoutePlugin, MaskedRoutePlugin, RouteRowsPlugin, MaskedRouteRowsPlugin, GatherRowsPlugin, MergeRowsPlugin]
 
 
 def test_the_numbers_stay_the_same():
@@ -204,15 +296,18 @@ def test_the_numbers_stay_the_same():
     x = generator.standard_normal((2, 17, 4)).astype(np.float32)
     # In the second batch row fewer rows are valid than the 3 that are chosen.
     feeds = {"x": x, "valid": np.stack([generator.random(17) < 0.5, np.arange(17) == 11])}
-    for text in (PLAIN, MASKED):
+    for text in (PLAIN, MASKED, ROUTER, MASKED_ROUTER):
         model = parsed(text)
         given = {value.name: feeds[value.name] for value in model.graph.input}
+        if "float16" in text:
+            given["x"] = x.astype(np.float16)
         expected = onnxruntime.InferenceSession(model.SerializeToString()).run(None, given)
         with_plugins = ir.to_proto(lowered(model, {"x": x.shape}))
         results = ReferenceEvaluator(with_plugins, new_ops=PLUGINS).run(None, given)
         for actual, wanted in zip(results, expected, strict=True):
             assert actual.dtype == wanted.dtype
-            np.testing.assert_allclose(actual, wanted, rtol=1e-6, atol=1e-6)
+            tolerance = 2e-3 if actual.dtype == np.float16 else 1e-6
+            np.testing.assert_allclose(actual, wanted, rtol=tolerance, atol=tolerance)
 
 
 # What the parser of TensorRT 8.6 imports, of what a transformer may hold.
@@ -228,7 +323,7 @@ IMPORTED_BY_8_6 = set("""
 def test_a_file_of_opset_17_is_one_for_tensorrt_8_6(opset_17, plugins):
     model = lowered(onnx.load(opset_17), {"hidden": (2, 63, tiny.WIDTH), "attention_mask": (2, 63)}, plugins)
     ours = {node.op_type for node in model.graph.all_nodes() if node.domain == "modcompile"}
-    assert ours == ({"MaskedRoute", "GatherRows", "MergeRows"} if plugins else set())
+    assert ours == ({"MaskedRouteRows", "GatherRows", "MergeRows"} if plugins else set())
     assert {node.op_type for node in model.graph.all_nodes()} - ours <= IMPORTED_BY_8_6
     assert model.opset_imports[""] == 17 and not model.functions
 
@@ -278,6 +373,18 @@ def test_objects_of_interface_v3(build):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 def test_objects_of_interface_v3_on_a_gpu(build):
     assert drive(build).strip().endswith("checks passed")
+
+
+def test_the_library_says_what_it_is_before_it_is_loaded(build):
+    content = (build / "libmodcompile_trt.so").read_bytes()
+    headers = Path(os.environ["TENSORRT_INCLUDE_DIR"], "NvInferVersion.h").read_text()
+    major, minor = (int(next(filter(None, re.search(
+        rf"define NV_TENSORRT_{part} (\d+)|define TRT_{part}_ENTERPRISE (\d+)", headers).groups())))
+        for part in ("MAJOR", "MINOR"))
+    library = identify(content, f"{major}.{minor}.0", "the library")
+    assert (library.version, library.tensorrt) == (mc.__version__, (major, minor))
+    with pytest.raises(RuntimeUnavailableError, match="for another TensorRT"):
+        identify(content, f"{major + 1}.0.0", "the library")
 
 
 def test_a_process_without_tensorrt_survives_the_library(build):

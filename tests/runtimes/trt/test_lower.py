@@ -1,6 +1,7 @@
 """The graph that TensorRT's parser sees: inlined, with sizes, the same numbers, and nothing that it cannot take."""
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -48,9 +49,19 @@ NESTED_K = """(float[B, S] x, bool some) => (float[B, K] y) {
 UNKNOWN_K = "(float[B, S] x, int64[1] k) => (float[B, K] y) { y, index = TopK <axis = 1> (x, k) }"
 
 
-def lowered(model, shapes, routed_blocks=()):
+# Softmax and the cube as the exporter writes them in half precision.
+TYPED = """(float16[2, 8] x) => (float16[2, 8] y) <float three = {3.0}> {
+    cube = Pow (x, three)
+    scores = Add (x, cube)
+    wide = Cast <to = 1> (scores)
+    weights = Softmax <axis = -1> (wide)
+    y = Cast <to = 10> (weights)
+}"""
+
+
+def lowered(model, shapes, routed_blocks=(), **options):
     model = ir.from_proto(model)
-    return lower(model, bind_profile(model.graph.inputs, shapes), routed_blocks)
+    return lower(model, bind_profile(model.graph.inputs, shapes), routed_blocks, **options)
 
 
 def run(model, feeds):
@@ -101,6 +112,39 @@ def test_attention_may_be_written_out_everywhere(parse):
     for text, count in ((ATTENTION, 1), (nested, 2)):
         nodes = [n for n in lowered(parse(text), {}).graph.all_nodes() if n.op_type == "Attention"]
         assert [n.attributes["TRT_decomposable"].as_int() for n in nodes] == [1] * count
+
+
+def test_a_builder_that_chooses_types_is_not_told_them(parse):
+    def ops(model):
+        return [node.op_type for node in model.graph]
+
+    model = parse(TYPED, opset=17)
+    typed, weak = lowered(model, {}), lowered(model, {}, weakly_typed=True)
+    assert ops(typed) == ["Pow", "Add", "Cast", "Softmax", "Cast"]
+    assert ops(weak) == ["Pow", "Add", "Softmax"]
+    assert [value.dtype for value in weak.graph[0].inputs] == [ir.DataType.FLOAT16] * 2
+    x = np.random.default_rng(0).standard_normal((2, 8)).astype(np.float16)
+    np.testing.assert_allclose(run(weak, {"x": x}), run(typed, {"x": x}), atol=2e-3)
+    twice = lower(weak, bind_profile(weak.graph.inputs, {}), weakly_typed=True)
+    assert ir.to_proto(twice) == ir.to_proto(weak)
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    # Somebody reads the sum in float32, or gives it so.
+    ("y = Cast <to = 10> (weights)", "more = Neg (weights) y = Cast <to = 10> (more)"),
+    ("float16[2, 8] y)", "float16[2, 8] y, float[2, 8] weights)"),
+    # The scores are float32 themselves.
+    ("scores = Add (x, cube)", "half = Add (x, cube) scores = Cast <to = 1> (half)"),
+    ("wide = Cast <to = 1> (scores)", "fine = Cast <to = 1> (scores) wide = Neg (fine)"),
+])
+def test_other_casts_around_a_softmax_stay(parse, old, new):
+    assert old in TYPED
+    model = parse(TYPED.replace(old, new), opset=17)
+    onnx.checker.check_model(model)
+    model = onnx.shape_inference.infer_shapes(model)
+    casts = [sum(node.op_type == "Cast" for node in graph.graph.node) for graph in (
+        model, ir.to_proto(lowered(model, {}, weakly_typed=True)))]
+    assert casts[0] == casts[1]
 
 
 @pytest.mark.parametrize(("text", "rows", "k"), [(COMPUTED_K, 40_000, 5000), (FLOAT_K, 40_000, 5000),
