@@ -4,8 +4,10 @@ An engine is a folder: what the runtime loads, and a manifest. Loading imports n
 runtime are enough.
 """
 
-__all__ = ["Backend", "Engine", "build_engine", "is_torch", "load_engine", "load_options"]
+__all__ = ["MORE_MEMORY", "Backend", "Engine", "as_numpy", "as_torch", "build_engine", "is_out_of_memory", "is_torch",
+           "load_engine", "load_options", "numpy_bfloat16"]
 
+import contextlib
 import difflib
 import functools
 import importlib
@@ -14,11 +16,11 @@ import os
 import shutil
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
-from modcompile.errors import RuntimeUnavailableError, UsageError
+from modcompile.errors import ModcompileError, RuntimeUnavailableError, UsageError
 from modcompile.files import new_folder
 from modcompile.manifest import (
     MANIFEST_NAME,
@@ -38,8 +40,16 @@ _BACKENDS = {
     "ort": ("modcompile.runtimes.ort", "pip install onnxruntime"),
     "tensorrt": ("modcompile.runtimes.trt", "pip install 'modcompile[tensorrt]'"),
     "tensorrt-rtx": ("modcompile.runtimes.trt", "pip install 'modcompile[tensorrt-rtx]'"),
+    "torch-tensorrt": ("modcompile.runtimes.torch_trt", "pip install 'modcompile[torch-tensorrt]'"),
     "aoti": ("modcompile.runtimes.aoti", "pip install torch"),
 }
+
+
+# How torch, ONNX Runtime, CUDA and C++ say, each in its words, that memory ran out.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "failed to allocate memory", "smaller than requested bytes",
+                  "alloc_failed", "bad_alloc")
+# What to do about it.
+MORE_MEMORY = "run fewer or shorter sequences at a time, or free memory: close the engines that are not in use"
 
 
 class Backend(Protocol):
@@ -166,6 +176,25 @@ class Engine(ABC):
                              found=", ".join(f"{name}: {kind}" for kind, name in kinds.items()),
                              fix="convert or move all of them to one")
 
+    @contextlib.contextmanager
+    def _explained(self, inputs: Mapping[str, Tensor], runtime: str) -> Iterator[None]:
+        """Says what the engine was given when its runtime fails, and whether memory ran out."""
+        try:
+            yield
+        except ModcompileError:
+            raise
+        except Exception as error:
+            shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())
+            if memory := self._ran_out(error):
+                raise ModcompileError(f"there is too little memory for a run of the engine on {runtime}",
+                                      found=f"{shapes}: {memory}", where=self.folder, fix=MORE_MEMORY) from error
+            raise ModcompileError(f"{runtime} failed to run the engine", expected=", ".join(map(str, self.inputs)),
+                                  found=f"{shapes}: {error}", where=self.folder) from error
+
+    def _ran_out(self, error: Exception) -> str | None:
+        """How much memory was missing, as far as it is known, if that is why a run failed."""
+        return str(error) or "no memory is left" if is_out_of_memory(error) else None
+
     def _names(self) -> str:
         return ", ".join(spec.name for spec in self.inputs)
 
@@ -204,7 +233,7 @@ def build_engine(mod_or_onnx: Any, path: str | os.PathLike, *, runtime: str = "o
         mod_or_onnx: A model, which is exported first where the runtime takes ONNX, or the path of an ONNX file, which
             is taken as it is with its external data files.
         path: The folder to make.
-        runtime: "ort", "tensorrt", "tensorrt-rtx" or "aoti".
+        runtime: "ort", "tensorrt", "tensorrt-rtx", "torch-tensorrt" or "aoti".
         precision: "fp32", "fp16" or "bf16". By default what ``export_onnx`` takes, or what the file has.
         shapes: Static shapes by input name. The symbols they give a size to are fixed everywhere.
         overwrite: Replace an engine that is in the folder already; it stays until the new one is complete.
@@ -253,6 +282,57 @@ def load_options(runtime: str, options: Mapping[str, Any]) -> dict[str, Any]:
 def is_torch(value: object) -> bool:
     """Whether a value is a torch tensor; torch is not imported to ask."""
     return _is_a(value, "torch", "Tensor")
+
+
+def as_torch(value: Tensor) -> Tensor:
+    """A tensor as torch has it: itself, or one on an array's memory where torch can have that."""
+    if is_torch(value):
+        return value
+    torch, np = (importlib.import_module(name) for name in ("torch", "numpy"))
+    # torch has no arrays that may not be written, and none of ml_dtypes' elements.
+    array = np.require(value, requirements=["C", "A", "W"])
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def as_numpy(value: Tensor, name: str) -> Tensor:
+    """A torch tensor as a numpy array, on its memory if that is the CPU's.
+
+    Args:
+        value: The tensor.
+        name: The output's, for messages.
+
+    Raises:
+        RuntimeUnavailableError: It is of bfloat16, and the package that numpy needs for that is missing.
+    """
+    value = value.cpu()
+    if _dtype_name(value.dtype) != "bfloat16":
+        return value.numpy()
+    torch = importlib.import_module("torch")
+    return value.contiguous().view(torch.int16).numpy().view(numpy_bfloat16(name))
+
+
+def numpy_bfloat16(name: str) -> Any:
+    """The dtype of bfloat16 arrays.
+
+    Args:
+        name: The output that needs it, for messages.
+
+    Raises:
+        RuntimeUnavailableError: The package that has it is missing.
+    """
+    try:
+        return importlib.import_module("ml_dtypes").bfloat16
+    except ImportError as error:
+        raise RuntimeUnavailableError("numpy has no bfloat16 of its own", expected="the package ml_dtypes",
+                                      where=f"output {name}", fix="pip install ml_dtypes, or pass torch tensors"
+                                      ) from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of any runtime says that memory ran out."""
+    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)
 
 
 def _backend(runtime: str) -> Backend:

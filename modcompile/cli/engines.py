@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 EngineArgument = Annotated[Path, typer.Argument(metavar="ENGINE", help="A folder that build wrote.")]
-Runtime = Annotated[Literal["ort", "tensorrt", "tensorrt-rtx", "aoti"], typer.Option(help="What runs the engine.")]
+Runtime = Annotated[Literal["ort", "tensorrt", "tensorrt-rtx", "torch-tensorrt", "aoti"],
+                    typer.Option(help="What runs the engine.")]
 Seed = Annotated[int, typer.Option(help="Of random inputs.")]
 
 

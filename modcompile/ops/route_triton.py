@@ -1,9 +1,12 @@
 """``route`` on CUDA: a Triton kernel, for eager PyTorch and for the programs of Inductor and AOTInductor.
 
-One program a batch row. It finds the K-th best key bit by bit, each time counting the rows at or above a trial key, and
-stops as soon as that count is K. Then one running sum gives each chosen row its slot: positions come out ascending
-without a sort. The CUDA kernel of ``runtimes/native/kernels/route.cu`` does the same with a radix select, for
-which Triton has no shared memory to hand out; the keys are those of ``radix_select.h``.
+One program a batch row. It finds the K-th best key from the top, two bits a pass: it counts the rows that reach each of
+the three trial keys, and stops as soon as one is reached by K. Then one running sum gives each chosen row its slot:
+positions come out ascending without a sort. The CUDA kernel of ``runtimes/native/kernels/route.cu`` does the same with
+a radix select, for which Triton has no shared memory to hand out; the keys are those of ``radix_select.h``.
+
+Two bits, for a pass has a price of its own, a sum over the program's threads and, for a row that is not held, reading
+it: one bit pays it twice as often, and three bits compare each key with seven trials to save a third of the passes.
 
 Imported by ``modcompile.ops.route``, where Triton is installed, when a tensor on CUDA comes along.
 """
@@ -19,7 +22,7 @@ from torch.library import wrap_triton
 # B batch  S rows  K capacity
 
 # The longest row whose keys a program holds in registers: 16 for each of 512 threads. A longer one is read again, in
-# blocks of this size, for every bit.
+# blocks of this size, in every pass.
 LONGEST_HELD = 8192
 
 
@@ -28,14 +31,26 @@ LONGEST_HELD = 8192
 def _keys(logits, ok, inside, padding_enters, HAS_VALID: tl.constexpr):
     # Keys order as logits do, NaN counts as -inf and -0.0 equals 0.0. 0 is out of the running, 0xFFFFFFFF is certain:
     # no logit has these two. Padding is out where K rows are valid; elsewhere every valid row is certain.
-    bits = logits.to(tl.uint32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    bits = tl.where(magnitude > 0x7F800000, 0xFF800000, bits)
-    bits = tl.where(magnitude == 0, 0, bits)
-    key = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+    bits = (tl.where(logits == logits, logits, float("-inf")) + 0.0).to(tl.int32, bitcast=True)
+    # Positive floats order as their bits do, negative ones the other way round and below.
+    key = (bits ^ ((bits >> 31) | -0x80000000)).to(tl.uint32, bitcast=True)
     if HAS_VALID:
         key = tl.where(padding_enters, tl.where(ok, 0xFFFFFFFF, key), tl.where(ok, key, 0))
     return tl.where(inside, key, 0).to(tl.uint32)
+
+
+@triton.jit
+def _reach(keys, trial1, trial2, trial3):
+    # How many of four keys, which one thread has read together, reach each trial: three counts in one number, for their
+    # sum. The trials ascend.
+    flags = tl.where(keys >= trial3, 0x10101, tl.where(keys >= trial2, 0x101, tl.where(keys >= trial1, 1, 0)))
+    counts = tl.sum(tl.reshape(flags, (keys.shape[0] // 4, 4)), 1)
+    return counts & 0xFF, (counts >> 8) & 0xFF, counts >> 16
+
+
+@triton.jit
+def _add(a1, a2, a3, b1, b2, b3):
+    return a1 + b1, a2 + b2, a3 + b3
 
 
 @triton.jit
@@ -47,7 +62,6 @@ def route_kernel(
     rows,
     capacity,
     BLOCK: tl.constexpr,
-    HELD: tl.constexpr,
     HAS_VALID: tl.constexpr,
 ):
     """Routes one row of the batch a program: ``modcompile.ops.route`` says what comes out.
@@ -59,8 +73,7 @@ def route_kernel(
         filled: ``[B, K]`` bool, out.
         rows: S.
         capacity: K.
-        BLOCK: Rows that are looked at together, a power of two; S or more if HELD.
-        HELD: Whether all keys are read once and held.
+        BLOCK: Rows that are looked at together, a power of two. Keys are read once and held where S is no more.
         HAS_VALID: Whether there is a mask.
     """
     batch_row = tl.program_id(0).to(tl.int64)
@@ -69,15 +82,14 @@ def route_kernel(
     positions += batch_row * capacity
     filled += batch_row * capacity
     lanes = tl.arange(0, BLOCK)
-    end = BLOCK if HELD else rows
 
     padding_enters = False
     if HAS_VALID:
-        valid_rows = tl.zeros((), tl.int32)
-        for start in range(0, end, BLOCK):
-            ok = tl.load(valid + start + lanes, mask=start + lanes < rows, other=0) != 0
-            valid_rows += tl.sum(ok.to(tl.int32))
-        padding_enters = valid_rows < capacity
+        valid_rows = tl.zeros((BLOCK,), tl.int32)
+        for start in range(0, rows, BLOCK):
+            at = start + lanes
+            valid_rows += (tl.load(valid + at, mask=at < rows, other=0) != 0).to(tl.int32)
+        padding_enters = tl.sum(valid_rows) < capacity
 
     inside = lanes < rows
     ok = tl.load(valid + lanes, mask=inside, other=0) != 0 if HAS_VALID else inside
@@ -87,22 +99,34 @@ def route_kernel(
     threshold = tl.zeros((), tl.uint32)
     reached = tl.zeros((), tl.int32) + rows
     above = tl.zeros((), tl.int32)  # rows that reach the least threshold that was too high
-    bit = tl.full((), 0x80000000, tl.uint32)
-    while (bit != 0) & (reached != capacity):
-        trial = threshold | bit
-        count = tl.zeros((), tl.int32)
-        for start in range(0, end, BLOCK):
-            if not HELD:
+    step = tl.full((), 1 << 30, tl.uint32)
+    while (step != 0) & (reached != capacity):
+        trial1, trial2, trial3 = threshold + step, threshold + 2 * step, threshold + 3 * step
+        # Threads count for themselves until the row ends, so that no block waits for the one before.
+        count1 = tl.zeros((BLOCK // 4,), tl.int32)
+        count2 = tl.zeros((BLOCK // 4,), tl.int32)
+        count3 = tl.zeros((BLOCK // 4,), tl.int32)
+        for start in range(0, rows, BLOCK):
+            if rows > BLOCK:
                 at = start + lanes
                 inside = at < rows
                 ok = tl.load(valid + at, mask=inside, other=0) != 0 if HAS_VALID else inside
                 keys = _keys(tl.load(logits + at, mask=inside, other=0.0), ok, inside, padding_enters, HAS_VALID)
-            count += tl.sum((keys >= trial).to(tl.int32))
-        enough = count >= capacity
-        threshold = tl.where(enough, trial, threshold)
-        reached = tl.where(enough, count, reached)
-        above = tl.where(enough, above, count)
-        bit = bit >> 1
+            block1, block2, block3 = _reach(keys, trial1, trial2, trial3)
+            count1 += block1
+            count2 += block2
+            count3 += block3
+        reach1, reach2, reach3 = tl.reduce((count1, count2, count3), 0, _add)
+        # The highest trial that K rows reach is the new threshold, the one after it is too high.
+        if reach3 >= capacity:
+            threshold, reached = trial3, reach3
+        elif reach2 >= capacity:
+            threshold, reached, above = trial2, reach2, reach3
+        elif reach1 >= capacity:
+            threshold, reached, above = trial1, reach1, reach2
+        else:
+            above = reach1
+        step = step >> 2
 
     # Rows that reach `least` are chosen, and of those that tie just below it the first `wanted`.
     least = tl.maximum(tl.where(reached == capacity, threshold, threshold + 1), 1)
@@ -110,9 +134,9 @@ def route_kernel(
     # One running sum of two counts: chosen rows in the upper 16 bits, ties in the lower. A block has 2^13 rows at most.
     chosen_seen = tl.zeros((), tl.int32)
     ties_seen = tl.zeros((), tl.int32)
-    for start in range(0, end, BLOCK):
+    for start in range(0, rows, BLOCK):
         at = start + lanes
-        if not HELD:
+        if rows > BLOCK:
             inside = at < rows
             ok = tl.load(valid + at, mask=inside, other=0) != 0 if HAS_VALID else inside
             keys = _keys(tl.load(logits + at, mask=inside, other=0.0), ok, inside, padding_enters, HAS_VALID)
@@ -127,7 +151,7 @@ def route_kernel(
             tl.store(filled + slot, (keys == 0xFFFFFFFF) | (padding_enters == 0), mask=chosen)
         else:
             tl.store(filled + slot, chosen, mask=chosen)
-        if not HELD:
+        if rows > BLOCK:
             total = tl.sum(counts)
             chosen_seen += total >> 16
             ties_seen += total & 0xFFFF
@@ -150,9 +174,8 @@ def launch(
     batch, rows = logits.shape
     positions = logits.new_empty((batch, capacity), dtype=torch.int64)
     filled = logits.new_empty((batch, capacity), dtype=torch.bool)
-    # A size that is symbolic can be anything, so a program for it reads in blocks.
-    held = isinstance(rows, int) and rows <= LONGEST_HELD
-    block = max(triton.next_power_of_2(rows), 128) if held else LONGEST_HELD
+    # A size that is symbolic can be anything.
+    block = min(max(triton.next_power_of_2(rows), 128), LONGEST_HELD) if isinstance(rows, int) else LONGEST_HELD
     logits = logits.contiguous()
     kernel = wrap_triton(route_kernel) if traced else route_kernel
     kernel[(batch,)](
@@ -163,7 +186,6 @@ def launch(
         rows,
         capacity,
         BLOCK=block,
-        HELD=held,
         HAS_VALID=valid is not None,
         num_warps=min(max(block // 256, 1), 16),
     )

@@ -20,7 +20,9 @@ from modcompile.passes.cast_precision import CastPrecision
 from modcompile.passes.fold_straight_through import FoldStraightThrough
 from modcompile.passes.fuse_attention import FuseAttention
 from modcompile.passes.simplify_masks import SimplifyMasks
-from modcompile.runtimes.aoti.engine import ENTRY, LARGEST, open_package
+from modcompile.passes.sum_columns import SumColumns
+from modcompile.runtimes.aoti.engine import ELEMENTS, ENTRY, LARGEST, open_package
+from modcompile.runtimes.aoti.merge import merge_by_reading
 from modcompile.runtimes.aoti.target import find_device, target_of
 from torch import nn
 from torch._inductor.exc import InvalidCxxCompiler
@@ -77,10 +79,10 @@ def build(model: nn.Module, folder: Path, *, runtime: str, precision: str | None
     place = find_device(str(home) if device is None else device)
     passes = PassManager(lowering_passes(precision))
     flat = passes(flatten(_at(graph, place), shapes))
-    program = lift(flat, opaque=False)
-    if place.type == "cpu":
-        # On a GPU the compiler sees the op's kernel.
-        program = program.run_decompositions({torch.ops.modcompile.route.default: sorted_route})
+    # On a GPU the compiler sees route's kernel.
+    program = lift(flat, opaque=False).run_decompositions(
+        {torch.ops.modcompile.route.default: sorted_route} if place.type == "cpu" else
+        {torch.ops.modcompile.merge_rows.default: merge_by_reading})
     examples = [_example(node, place) for node in _inputs(flat)]
     with tempfile.TemporaryDirectory(prefix=".build", dir=folder) as scratch:
         files = _compile(program, examples, scratch, place.type == "cuda" if autotune is None else autotune)
@@ -98,7 +100,8 @@ def build(model: nn.Module, folder: Path, *, runtime: str, precision: str | None
         "outputs": _specs(graph.outputs, _outputs(flat)),
         "routed_blocks": tuple(block.at(sizes) for block in graph.routed_blocks),
         "passes": tuple(PassRecord(**record) for record in [*graph.passes, *passes.ran]),
-        "target": {**target_of(place), **_largest(graph.inputs, _inputs(flat))},
+        "target": {**target_of(place), **_largest(graph.inputs, _inputs(flat)),
+                   **(_elements(graph.inputs, flat) if place.type == "cuda" else {})},
     }
 
 
@@ -112,8 +115,10 @@ def lowering_passes(precision: str) -> list[Pass]:
         FuseAttention(),
         # The fastest one takes a causal flag and no mask.
         SimplifyMasks(),
-        # Last: what an operator does inside, it does in float32.
+        # What an operator does inside, it does in float32.
         *([CastPrecision(half)] if half else []),
+        # Last: a router's product, which is in float32 whatever the precision, joins the kernel that makes its rows.
+        SumColumns(),
     ]
 
 
@@ -163,6 +168,34 @@ def _largest(specs: Sequence[TensorSpec], nodes: Sequence[Node]) -> dict[str, st
                 if upper.is_Integer and upper < torch.iinfo(torch.int32).max:
                     found[f"{LARGEST}{name}"] = str(upper)
     return found
+
+
+def _elements(specs: Sequence[TensorSpec], flat: GraphModule) -> dict[str, str]:
+    """How many elements the tensors of a graph of varying sizes have at most.
+
+    For a GPU the compiler takes 32-bit indices where they reach at the example's sizes, and guards nothing.
+    """
+    names = {size.node.expr: name for spec, node in zip(specs, _inputs(flat), strict=True)
+             for name, size in zip(spec.shape, node.meta["val"].shape, strict=True) if isinstance(size, torch.SymInt)}
+    most: dict[tuple[str, ...], int] = {}
+    for node in flat.graph.nodes:
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            continue
+        factor = 1
+        factors: list[str] = []
+        for size in value.shape:
+            if isinstance(size, int):
+                factor *= size
+                continue
+            # A size such as ceil(S / 8) or S + 1 is at most S times what it is for S = 1.
+            symbols = size.node.expr.free_symbols
+            factor *= max(1, int(size.node.expr.subs(dict.fromkeys(symbols, 1))))
+            factors += [str(names[symbol]) for symbol in symbols]
+        kind = tuple(sorted(factors))
+        most[kind] = max(most.get(kind, 0), factor)
+    products = [" ".join([str(factor), *kind]) for kind, factor in sorted(most.items()) if kind]
+    return {ELEMENTS: ", ".join(products)} if products else {}
 
 
 def _compile(program: ExportedProgram, examples: list[torch.Tensor], scratch: str, autotune: bool) -> list[Any]:

@@ -18,8 +18,8 @@ import onnxruntime
 from modcompile.runtimes.ort.engine import OrtEngine, to_torch
 from modcompile.runtimes.ort.session import CUDA, ONNX_TYPES
 
-from modcompile.engine import Tensor, is_torch
-from modcompile.errors import UsageError
+from modcompile.engine import MORE_MEMORY, Tensor, as_numpy, as_torch, is_out_of_memory, is_torch
+from modcompile.errors import ModcompileError, UsageError
 from modcompile.manifest import Manifest
 
 
@@ -28,6 +28,7 @@ class CudaGraphEngine(OrtEngine):
 
     Raises:
         UsageError: The engine has a size that varies.
+        ModcompileError: There is too little memory.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, session: onnxruntime.InferenceSession):
@@ -38,10 +39,17 @@ class CudaGraphEngine(OrtEngine):
                              fix="build the engine with shapes={...} for every input, or leave cuda_graph out")
         device_id = int(session.get_provider_options()[CUDA].get("device_id", 0))
         self._turn = threading.Lock()
-        self._buffers = {
-            spec.name: onnxruntime.OrtValue.ortvalue_from_shape_and_type(
-                list(spec.shape), ONNX_TYPES[spec.dtype], "cuda", device_id)
-            for spec in self.inputs + self.outputs}
+        try:
+            self._buffers = {
+                spec.name: onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+                    list(spec.shape), ONNX_TYPES[spec.dtype], "cuda", device_id)
+                for spec in self.inputs + self.outputs}
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ModcompileError("there is too little memory for the engine's inputs and outputs",
+                                  expected=", ".join(map(str, self.inputs + self.outputs)), found=error, where=folder,
+                                  fix=MORE_MEMORY) from error
         # Torch tensors on the same memory, made when one is first needed.
         self._views: dict[str, Any] = {}
         self._binding: Any = session.io_binding()
@@ -59,9 +67,14 @@ class CudaGraphEngine(OrtEngine):
     def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with self._turn:
             session = self._open_session()
-            with self._explained(inputs):
-                replay = self._replay_torch if is_torch(next(iter(inputs.values()), None)) else self._replay_numpy
-                return replay(session, inputs)
+            with self._explained(inputs, "ONNX Runtime"):
+                if is_torch(next(iter(inputs.values()), None)):
+                    return self._replay_torch(session, inputs)
+                if all(spec.dtype != "bfloat16" for spec in self.inputs + self.outputs):
+                    return self._replay_numpy(session, inputs)
+                # An OrtValue has no arrays of bfloat16.
+                outputs = self._replay_torch(session, {name: as_torch(value) for name, value in inputs.items()})
+                return {name: as_numpy(value, name) for name, value in outputs.items()}
 
     def _replay_numpy(self, session: onnxruntime.InferenceSession, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for spec in self.inputs:

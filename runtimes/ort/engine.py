@@ -2,21 +2,20 @@
 
 __all__ = ["OrtEngine", "load", "to_torch"]
 
-import contextlib
 import ctypes
 import importlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
 from modcompile.runtimes.ort.custom_ops import LIBRARY, CustomOps, open_library, read_library
-from modcompile.runtimes.ort.session import ONNX_TYPES, Optimization, Provider, open_session, tensor_specs
+from modcompile.runtimes.ort.session import CUDA, ONNX_TYPES, Optimization, Provider, open_session, tensor_specs
 
-from modcompile.engine import Engine, Tensor, is_torch
-from modcompile.errors import IntegrityError, ModcompileError, RuntimeUnavailableError, UsageError
+from modcompile.engine import Engine, Tensor, is_torch, numpy_bfloat16
+from modcompile.errors import IntegrityError, RuntimeUnavailableError, UsageError
 from modcompile.manifest import Manifest, TensorSpec, read_verified
 
 # Providers whose memory is CUDA's.
@@ -47,7 +46,7 @@ class OrtEngine(Engine):
         buffers = {spec.name: _contiguous(inputs[spec.name]) for spec in self.inputs}
         # Threads may share a session but not a binding.
         binding = session.io_binding()
-        with self._explained(inputs):
+        with self._explained(inputs, "ONNX Runtime"):
             for spec in self.inputs:
                 buffer = buffers[spec.name]
                 binding.bind_input(spec.name, device, index, ONNX_TYPES[spec.dtype], tuple(buffer.shape),
@@ -64,16 +63,6 @@ class OrtEngine(Engine):
             raise UsageError("the engine was closed by another thread", where=self.folder)
         return session
 
-    @contextlib.contextmanager
-    def _explained(self, inputs: Mapping[str, Tensor]) -> Iterator[None]:
-        """Says what the engine was given when ONNX Runtime fails."""
-        try:
-            yield
-        except Exception as error:
-            shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())
-            raise ModcompileError("ONNX Runtime failed to run the engine", expected=", ".join(map(str, self.inputs)),
-                                  found=f"{shapes}: {error}", where=self.folder) from error
-
     def _device(self, value: Tensor, session: onnxruntime.InferenceSession) -> tuple[str, int]:
         if not is_torch(value) or value.device.type == "cpu":
             return "cpu", 0
@@ -82,6 +71,14 @@ class OrtEngine(Engine):
                              expected=", ".join(session.get_providers()), found=f"tensors on {value.device}",
                              where=self.folder, fix='move them with .to("cpu"), or load the engine with '
                              'providers=["CUDAExecutionProvider", "CPUExecutionProvider"]')
+        own = {int(options.get("device_id", 0)) for name, options in session.get_provider_options().items()
+               if name in _CUDA_PROVIDERS}
+        if value.device.index not in own:
+            raise UsageError("the inputs are on another GPU than the engine",
+                             expected=" or ".join(f"cuda:{index}" for index in sorted(own)),
+                             found=f"tensors on {value.device}", where=self.folder,
+                             fix="move them, or load the engine with "
+                             f'providers=[("{CUDA}", {{"device_id": {value.device.index}}})]')
         # ONNX Runtime reads on a stream of its own: what torch still computes must be there first.
         torch = importlib.import_module("torch")
         torch.cuda.current_stream(value.device).synchronize()
@@ -157,13 +154,7 @@ def _contiguous(value: Tensor) -> Tensor:
 def _to_numpy(value: Any, spec: TensorSpec) -> np.ndarray:
     if spec.dtype != "bfloat16":
         return value.numpy()
-    try:
-        dtype = importlib.import_module("ml_dtypes").bfloat16
-    except ImportError as error:
-        raise RuntimeUnavailableError("numpy has no bfloat16 of its own", expected="the package ml_dtypes",
-                                      where=f"output {spec.name}",
-                                      fix="pip install ml_dtypes, or pass torch tensors") from error
-    array = np.empty(value.shape(), dtype)
+    array = np.empty(value.shape(), numpy_bfloat16(spec.name))
     ctypes.memmove(array.ctypes.data, value.data_ptr(), array.nbytes)
     return array
 

@@ -10,6 +10,7 @@ import onnxruntime
 from modcompile.runtimes.ort.custom_ops import CustomOps
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
+from modcompile.engine import MORE_MEMORY, is_out_of_memory
 from modcompile.errors import (
     IntegrityError,
     ModcompileError,
@@ -55,6 +56,7 @@ def open_session(model: bytes, folder: Path, *, where: Path, providers: Sequence
         IntegrityError: The bytes are no ONNX model.
         UnsupportedGraphError: ONNX Runtime does not run this graph.
         RuntimeUnavailableError: A provider is not available, did not start, or has no kernels in the custom ops.
+        ModcompileError: There is too little memory.
     """
     names = _check_providers(providers)
     if cuda_graph:
@@ -163,6 +165,8 @@ def _not_opened(error: Exception, where: Path, providers: list[str]) -> Modcompi
     text = str(error).strip()
     if isinstance(error, ort_errors.InvalidProtobuf) or "No graph was found" in text:
         return IntegrityError("the file is not a complete ONNX model", found=text, where=where)
+    if is_out_of_memory(error):
+        return ModcompileError("there is too little memory for the engine", found=text, where=where, fix=MORE_MEMORY)
     # ONNX Runtime raises a plain Python error where a provider or its options, not the model, is at fault.
     if isinstance(error, ort_errors.EPFail | RuntimeError | ValueError):
         return RuntimeUnavailableError("an execution provider did not start", expected=", ".join(providers), found=text,

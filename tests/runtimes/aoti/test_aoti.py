@@ -10,10 +10,12 @@ import subprocess
 import sys
 import threading
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from modcompile.runtimes.aoti import AotiEngine, builder
 from modcompile.runtimes.aoti import engine as engine_module
 from modcompile.runtimes.aoti.target import check_target, find_device, target_of
@@ -51,7 +53,7 @@ def inputs_of(batch, rows, seed=0):
 
 def expected_of(model, inputs):
     with torch.no_grad():
-        return model.run_graph([inputs[spec.name].to(getattr(torch, spec.dtype)) for spec in model.inputs])
+        return model.run_graph([inputs[spec.name].to("cpu", getattr(torch, spec.dtype)) for spec in model.inputs])
 
 
 def assert_parity(engine, model, inputs, valid=None):
@@ -120,8 +122,8 @@ def test_a_built_engine_says_what_it_is(model, folder, engine):
                                                        "attention_mask int64 [batch, sequence]"]
     assert [str(spec) for spec in manifest.outputs] == ["output float32 [batch, sequence, 8]"]
     assert list(manifest.routed_blocks) == model.routed_blocks
-    assert [record.name for record in manifest.passes][-3:] == ["fold-straight-through", "fuse-attention",
-                                                                "simplify-masks"]
+    assert [record.name for record in manifest.passes][-4:] == ["fold-straight-through", "fuse-attention",
+                                                                "simplify-masks", "sum-columns"]
     assert target_of(torch.device("cpu")).items() <= manifest.target.items()
     # Neither generated code nor a second copy of the weights stays.
     assert sorted(os.listdir(folder)) == ["manifest.json", "model.pt2"]
@@ -158,6 +160,32 @@ assert "modcompile" not in sys.modules
                    check=True, cwd=tmp_path)
     found = torch.load(tmp_path / "outputs")
     assert farthest(found, expected_of(model, inputs), inputs["attention_mask"].bool()) <= 1e-4
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_a_program_in_cpp_runs_the_package(model, folder, tmp_path):
+    """With torch's C++ library and no Python in the process."""
+    torch_folder = Path(torch.__file__).parent
+    program = tmp_path / "run_package"
+    libraries = ["torch", "torch_cpu", "c10", *(["torch_cuda", "c10_cuda"] if torch.version.cuda else [])]
+    built = subprocess.run(
+        ["g++", "-std=c++20", "-O0", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+         Path(__file__).with_name("run_package.cc"), "-o", program, "-isystem", torch_folder / "include",
+         "-isystem", torch_folder / "include/torch/csrc/api/include", f"-L{torch_folder / 'lib'}",
+         f"-Wl,-rpath,{torch_folder / 'lib'}", "-Wl,--no-as-needed", *(f"-l{name}" for name in libraries)],
+        capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    inputs = inputs_of(3, 33)
+    torch.save(list(inputs.values()), tmp_path / "inputs")
+    done = subprocess.run([program, folder / "model.pt2", tmp_path / "inputs", tmp_path / "outputs"],
+                          capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (found,) = torch.load(tmp_path / "outputs")
+    with load_engine(folder) as engine:
+        assert torch.equal(found, engine.run(inputs)["output"])
+    assert farthest([found], expected_of(model, inputs), inputs["attention_mask"].bool()) <= 1e-4
 
 
 @pytest.mark.usefixtures("no_compiler")
@@ -443,6 +471,66 @@ def test_a_failure_names_the_inputs(folder, monkeypatch):
             engine.run(inputs_of(2, 5))
 
 
+@pytest.mark.parametrize("failure", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 20 GiB."),
+    MemoryError(),
+])
+def test_memory_that_runs_out(folder, monkeypatch, failure):
+    def fail(tensors):
+        raise failure
+
+    with load_engine(folder) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "_model", fail)
+            with pytest.raises(ModcompileError, match=r"too little memory(.|\n)*hidden \(2, 5, 8\)") as caught:
+                engine.run(inputs_of(2, 5))
+        assert str(failure) in str(caught.value) and "fewer or shorter sequences" in caught.value.details["fix"]
+        engine.run(inputs_of(2, 5))
+
+
+def test_a_package_that_does_not_say_why_it_failed(folder, monkeypatch):
+    """On a GPU a package names the call that failed alone; torch's count says that memory ran out."""
+    def fail(tensors):
+        raise RuntimeError("aoti_torch_empty_strided(...) API call failed")
+
+    counts = iter([0, 1, 1])
+    monkeypatch.setattr(engine_module, "_ooms", lambda device: next(counts))
+    with load_engine(folder) as engine:
+        monkeypatch.setattr(engine, "_model", fail)
+        with pytest.raises(ModcompileError, match="too little memory"):
+            engine.run(inputs_of(2, 5))
+        with pytest.raises(ModcompileError, match="AOTInductor failed to run"):
+            engine.run(inputs_of(2, 5))
+
+
+def test_memory_that_is_too_little_to_load(folder, monkeypatch, tmp_path):
+    """On the figures of a GPU that is not there."""
+    def fail(*_):
+        raise RuntimeError("create_func_(...) API call failed")
+
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", fail)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 80 * 2**30))
+    with pytest.raises(ModcompileError, match="too little GPU memory") as caught:
+        engine_module.open_package(folder / "model.pt2", torch.device("cuda", 0))
+    assert "0 of 81920 MiB are free on cuda:0" in str(caught.value)
+    with pytest.raises(RuntimeUnavailableError, match="does not open the package"):
+        engine_module.open_package(folder / "model.pt2", torch.device("cpu"))
+
+
+def test_more_elements_than_indices_reach(altered, model):
+    """For a GPU the compiler may take 32-bit indices, so the sizes of all tensors are known to the engine."""
+    flat = flatten(model)
+    # Its widest tensors are inside the MLP.
+    assert builder._elements(model.inputs, flat) == {"elements": f"{2 * D} batch sequence"}
+    assert builder._elements(model.inputs, flatten(model, {"hidden": (2, 5, D)})) == {}
+    text = f"{2**31 // 10} batch sequence, 9 batch"
+    with load_engine(altered(target={**target_of(torch.device("cpu")), "elements": text})) as engine:
+        engine.run(inputs_of(1, 10))
+        with pytest.raises(UsageError, match="32-bit indices reach"):
+            engine.run(inputs_of(2, 6))
+
+
 def test_threads_share_an_engine(engine):
     cases = [inputs_of(3, 30 + seed, seed) for seed in range(4)]
     expected = [engine.run(case)["output"] for case in cases]
@@ -548,12 +636,15 @@ def test_the_bench_times_it(model, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def gpu(tmp_path_factory):
-    """A routed causal model, and the folder of its static engine in half precision."""
+def gpu(tmp_path_factory, request):
+    """A routed causal model, and the folder of its static engine in half precision, which workers share."""
     model = of_kind("gpt2-unmasked", "chosen")
-    path = tmp_path_factory.mktemp("gpu") / "engine"
-    build_engine(model, path, runtime="aoti", precision="fp16", shapes={"input_ids": (3, 33)}, device="cuda",
-                 autotune=False).close()
+    base = tmp_path_factory.getbasetemp()
+    path = (base.parent if hasattr(request.config, "workerinput") else base) / "gpu-engine"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            build_engine(model, path, runtime="aoti", precision="fp16", shapes={"input_ids": (3, 33)}, device="cuda",
+                         autotune=False).close()
     return model, path
 
 
@@ -579,7 +670,11 @@ class TestGpu:
         assert (found["torch"].device.type, found["cuda"].device.type) == ("cpu", "cuda")
         for value in found.values():
             assert torch.equal(torch.as_tensor(value).cpu(), found["torch"])
-        assert mc.verify(gpu[0], engine, given_as["numpy"], options={"autotune": False}).outputs
+
+    def test_verify(self, gpu):
+        ids = {name: value.numpy() for name, value in ids_of(0, "cpu").items()}
+        with load_engine(gpu[1]) as engine:
+            assert mc.verify(gpu[0], engine, ids, options={"autotune": False}).outputs
 
     def test_the_route_is_a_kernel(self, gpu):
         with zipfile.ZipFile(gpu[1] / "model.pt2") as package:
@@ -625,7 +720,7 @@ class TestGpu:
             engine.run(ids)
             late = torch.zeros_like(ids["input_ids"])
             torch.cuda.synchronize()
-            torch.cuda._sleep(50_000_000)
+            torch.cuda._sleep(500_000_000)
             late.copy_(ids["input_ids"])
             found = engine.run({"input_ids": late})["logits"]
             assert not stream.query()
@@ -656,3 +751,26 @@ class TestGpu:
                 assert_parity(engine, gpu[0], {name: value.cuda() for name, value in inputs.items()})
             with pytest.raises(UsageError, match="cannot be recorded"):
                 load_engine(tmp_path / "engine", cuda_graph=True)
+            assert "batch sequence" in engine.manifest.target["elements"]
+            # Memory that runs out is said to, and a smaller input runs all the same.
+            inputs = family("gpt2-unmasked").inputs(5, 128, None, seed=5)
+            many = {name: value.repeat(2000, 1).cuda() for name, value in inputs.items()}
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**20) / total)
+            try:
+                for _ in range(2):
+                    with pytest.raises(ModcompileError, match="too little memory") as caught:
+                        engine.run(many)
+                    assert "input_ids (10000, 128)" in str(caught.value) and "MiB are free" in str(caught.value)
+                assert_parity(engine, gpu[0], {name: value.cuda() for name, value in inputs.items()})
+            finally:
+                torch.cuda.set_per_process_memory_fraction(1.0)
+            assert engine.run(many)["logits"].shape[0] == 10000
+            with pytest.raises(UsageError, match="32-bit indices"):
+                engine.run({"input_ids": torch.zeros(1, 128, dtype=torch.long).expand(2**24, 128)})
+
+    def test_another_gpu(self, gpu, engine):
+        if torch.cuda.device_count() < 2:
+            pytest.skip("there is one GPU")
+        with pytest.raises(UsageError, match="expected: cuda:0"):
+            engine.run(ids_of(0, "cuda:1"))

@@ -130,6 +130,15 @@ def test_a_failing_run_names_the_shapes(folders, as_cuda, monkeypatch):
             engine.run({"x": case()["x"]})
 
 
+def test_memory_for_inputs_and_outputs_that_is_not_there(folders, as_cuda, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("Failed to allocate memory for requested buffer of size 4294967296")
+
+    monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_shape_and_type", fail)
+    with pytest.raises(ModcompileError, match=r"too little memory(.|\n)*4294967296"):
+        load_engine(folders / "static", providers=[CUDA], cuda_graph=True)
+
+
 def test_other_providers(folders):
     with pytest.raises(UsageError, match="needs the CUDA execution provider") as caught:
         load_engine(folders / "static", cuda_graph=True)
@@ -161,3 +170,17 @@ def test_a_graph_on_a_gpu(folders):
             np.testing.assert_allclose(y.cpu().numpy(), 6 * inputs["x"], rtol=1e-6)
             np.testing.assert_array_equal(outputs["positive"].cpu().numpy(), inputs["n"] > 0)
             np.testing.assert_array_equal(engine.run(inputs)["y"], 2 * inputs["x"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(CUDA not in onnxruntime.get_available_providers(), reason="no onnxruntime-gpu")
+def test_bfloat16_on_a_gpu(tmp_path):
+    import ml_dtypes
+
+    onnx.save(onnx.parser.parse_model("""<ir_version: 10, opset_import: ["": 18]>
+        main (bfloat16[2, 3] x) => (bfloat16[2, 3] y) { y = Identity (x) }"""), tmp_path / "same.onnx")
+    with build_engine(tmp_path / "same.onnx", tmp_path / "engine", providers=[CUDA], cuda_graph=True) as engine:
+        x = case()["x"].astype(ml_dtypes.bfloat16)
+        y = engine.run({"x": x})["y"]
+        assert y.dtype == x.dtype
+        np.testing.assert_array_equal(y.view(np.int16), x.view(np.int16))

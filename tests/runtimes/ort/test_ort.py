@@ -494,6 +494,85 @@ def test_a_failing_run_names_shapes_and_reason(engine):
     assert "input_ids (3, 63)" in str(caught.value)
 
 
+@pytest.mark.parametrize("failure", [
+    RuntimeError("BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer of size 4294967296"),
+    RuntimeError("Available memory of 1024 is smaller than requested bytes of 4294967296"),
+    RuntimeError("CUDA failure 2: out of memory ; GPU=0"),
+    MemoryError("std::bad_alloc"),
+])
+def test_memory_that_runs_out(folder, monkeypatch, failure):
+    class Full:
+        def io_binding(self):
+            return self
+
+        def bind_input(self, *_):
+            raise failure
+
+    with load_engine(folder) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "session", Full())
+            with pytest.raises(ModcompileError, match=r"too little memory(.|\n)*input_ids \(3, 63\)") as caught:
+                engine.run(batch())
+        assert str(failure) in str(caught.value) and "fewer or shorter sequences" in caught.value.details["fix"]
+        engine.run(batch())
+
+
+def test_memory_that_is_too_little_to_load(folder, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("Failed to allocate memory for requested buffer of size 4294967296")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
+    with pytest.raises(ModcompileError, match=r"too little memory for the engine(.|\n)*4294967296"):
+        load_engine(folder)
+
+
+def test_memory_that_really_runs_out(folder):
+    """A process that may take little memory: the run is refused, and a smaller one is not."""
+    script = """
+import resource, sys
+import numpy as np
+from modcompile.engine import load_engine
+from modcompile.errors import ModcompileError
+with load_engine(sys.argv[1], intra_op_threads=1) as engine:
+    few, many = np.ones((2, 7), np.int64), np.ones((4096, 4096), np.int64)
+    engine.run({"input_ids": few, "attention_mask": few})
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, -1))
+    try:
+        engine.run({"input_ids": many, "attention_mask": many})
+    except ModcompileError as error:
+        print(error)
+    assert engine.run({"input_ids": few, "attention_mask": few})["hidden"].shape == (2, 7, 32)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "too little memory" in done.stdout and "input_ids (4096, 4096)" in done.stdout
+
+
+def test_tensors_of_another_gpu(engine, monkeypatch):
+    """Where nothing of a GPU is but what the session and the tensor say."""
+    class OnCuda:
+        def get_providers(self):
+            return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+        def get_provider_options(self):
+            return {"CUDAExecutionProvider": {"device_id": "1"}, "CPUExecutionProvider": {}}
+
+    class Stream:
+        def synchronize(self):
+            pass
+
+    class Tensor(torch.Tensor):
+        device = torch.device("cuda", 0)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    value = torch.ones(1).as_subclass(Tensor)
+    with pytest.raises(UsageError, match=r"another GPU(.|\n)*expected: cuda:1\n  found: tensors on cuda:0"):
+        engine._device(value, OnCuda())
+    Tensor.device = torch.device("cuda", 1)
+    assert engine._device(value, OnCuda()) == ("cuda", 1)
+
+
 def test_a_tensor_of_another_device(engine):
     ids = torch.ones(1, 7, dtype=torch.int64, device="meta")
     with pytest.raises(UsageError, match="tensors on meta"):
@@ -600,3 +679,15 @@ def test_torch_cuda_in_torch_cuda_out(folder):
         assert {y.device.type for y in outputs.values()} == {"cuda"}
         np.testing.assert_allclose(outputs["hidden"].cpu().numpy(), reference(inputs), rtol=1e-3, atol=1e-3)
         np.testing.assert_allclose(engine.run(inputs)["hidden"], reference(inputs), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif("CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="no onnxruntime-gpu")
+def test_gpu_memory_that_runs_out(folder):
+    limited = ("CUDAExecutionProvider", {"gpu_mem_limit": str(2**26)})
+    few, many = batch(), {name: torch.ones(4096, 1024, dtype=torch.int64) for name in batch()}
+    with load_engine(folder, providers=[limited, "CPUExecutionProvider"]) as engine:
+        for _ in range(2):
+            with pytest.raises(ModcompileError, match=r"too little memory(.|\n)*input_ids \(4096, 1024\)"):
+                engine.run({name: value.cuda() for name, value in many.items()})
+            np.testing.assert_allclose(engine.run(few)["hidden"], reference(few), rtol=1e-3, atol=1e-3)
