@@ -74,6 +74,11 @@ def smollm2_prefill() -> Example:
     return smollm2_model(), {**masked_words(2, 16), "logits_to_keep": 1}
 
 
+def smollm2_unpadded() -> Example:
+    """SmolLM2-135M, scoring of sequences of one length: no mask, so attention is causal and no more."""
+    return smollm2_model(), {"input_ids": words(2, 16)}
+
+
 def gpt2_medium() -> Example:
     """A random decoder of GPT-2 medium's shape: 24 blocks, D 1024, 16 heads, without a head; no padding."""
     torch.manual_seed(0)

@@ -3,36 +3,68 @@
 ONNX Runtime records the first run and replays it afterwards. A graph reads and writes fixed memory, so every size is
 static, inputs are copied into the engine's own memory and outputs out of it, and callers take turns. All nodes must run
 on the CUDA provider: where one does not, the session is refused.
+
+Where torch is there, the session computes on a stream of torch's, and a run on tensors of the GPU waits for nothing:
+the caller's stream and this one wait for each other on the device. Otherwise ONNX Runtime's own stream is waited for.
 """
 
-__all__ = ["CudaGraphEngine"]
+__all__ = ["CudaGraphEngine", "with_stream"]
 
 import importlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 from modcompile.runtimes.ort.engine import OrtEngine, to_torch
-from modcompile.runtimes.ort.session import CUDA, ONNX_TYPES
+from modcompile.runtimes.ort.session import CUDA, ONNX_TYPES, Provider
 
 from modcompile.engine import MORE_MEMORY, Tensor, as_numpy, as_torch, is_out_of_memory, is_torch
 from modcompile.errors import ModcompileError, UsageError
 from modcompile.manifest import Manifest
 
 
+def with_stream(providers: Sequence[Provider]) -> tuple[Sequence[Provider], Any]:
+    """The providers, CUDA's told to compute on a stream of torch's, and the stream.
+
+    They are given back as they are, with None, where torch or its GPU is missing, or the caller names a stream.
+    """
+    try:
+        torch = importlib.import_module("torch")
+    except ImportError:
+        return providers, None
+    # What is no list is refused with the other options.
+    if isinstance(providers, str) or not torch.cuda.is_available():
+        return providers, None
+    pairs = [(given, {}) if isinstance(given, str) else (given[0], dict(given[1])) for given in providers]
+    options = dict(pairs).get(CUDA)
+    if options is None or "user_compute_stream" in options:
+        return providers, None
+    stream = torch.cuda.Stream(int(options.get("device_id", 0)))
+    options["user_compute_stream"] = str(stream.cuda_stream)
+    return pairs, stream
+
+
 class CudaGraphEngine(OrtEngine):
     """An engine whose runs replay a CUDA graph. Memory of its inputs and outputs is allocated once, on one device.
+
+    Args:
+        folder: The engine's folder; ``manifest``: its manifest.
+        session: A session that records.
+        stream: The torch stream that it computes on, if it is one.
 
     Raises:
         UsageError: The engine has a size that varies.
         ModcompileError: There is too little memory.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, session: onnxruntime.InferenceSession):
+    def __init__(self, folder: Path, manifest: Manifest, session: onnxruntime.InferenceSession, stream: Any = None):
         super().__init__(folder, manifest, session)
+        self._stream = stream
+        self._without_waiting = onnxruntime.RunOptions()
+        self._without_waiting.add_run_config_entry("disable_synchronize_execution_providers", "1")
         if varying := [str(spec) for spec in self.inputs + self.outputs if any(isinstance(d, str) for d in spec.shape)]:
             raise UsageError("a CUDA graph has one size", expected="an engine of static shapes",
                              found=", ".join(varying), where=folder,
@@ -87,16 +119,35 @@ class CudaGraphEngine(OrtEngine):
         torch = importlib.import_module("torch")
         if not self._views:
             self._views = {spec.name: to_torch(self._buffers[spec.name], spec) for spec in self.inputs + self.outputs}
-        views = self._views
-        memory = next(iter(views.values())).device
+        memory = next(iter(self._views.values())).device
         device = next(iter(inputs.values())).device
         with torch.cuda.device(memory):
-            for spec in self.inputs:
-                views[spec.name].copy_(inputs[spec.name])
-            # ONNX Runtime reads on a stream of its own, and returns when its stream is done.
-            torch.cuda.current_stream().synchronize()
-            session.run_with_iobinding(self._binding)
-            outputs = {spec.name: views[spec.name].to(device, copy=True) for spec in self.outputs}
-            # The next caller may write to this memory from another stream.
-            torch.cuda.current_stream().synchronize()
-        return outputs
+            caller, own = torch.cuda.current_stream(), self._stream
+            if own is None:
+                self._copy_in(inputs)
+                # ONNX Runtime reads on a stream of its own, and returns when its stream is done.
+                caller.synchronize()
+                session.run_with_iobinding(self._binding)
+                outputs = self._copies_out(device)
+                # The next caller may write to this memory from another stream.
+                caller.synchronize()
+                return outputs
+            own.wait_stream(caller)
+            with torch.cuda.stream(own):
+                self._copy_in(inputs)
+                session.run_with_iobinding(self._binding, self._without_waiting)
+                outputs = self._copies_out(device)
+            caller.wait_stream(own)
+            for tensor, stream in (*((value, own) for value in inputs.values()),
+                                   *((value, caller) for value in outputs.values())):
+                # Memory of one stream that another uses is not to be given away before that is done.
+                if tensor.is_cuda:
+                    tensor.record_stream(stream)
+            return outputs
+
+    def _copy_in(self, inputs: Mapping[str, Tensor]) -> None:
+        for spec in self.inputs:
+            self._views[spec.name].copy_(inputs[spec.name])
+
+    def _copies_out(self, device: Any) -> dict[str, Tensor]:
+        return {spec.name: self._views[spec.name].to(device, copy=True) for spec in self.outputs}

@@ -120,8 +120,11 @@ def load(folder: Path, manifest: Manifest, *, providers: Sequence[Provider] | No
                                       expected=f"onnxruntime{manifest.runtime_range}", found=onnxruntime.__version__,
                                       where=folder, fix=f"pip install 'onnxruntime{manifest.runtime_range}'")
     path = folder / manifest.entry
-    session = open_session(read_verified(folder, manifest, manifest.entry), folder, where=path,
-                           providers=manifest.providers if providers is None else providers,
+    providers, stream = manifest.providers if providers is None else providers, None
+    if cuda_graph:
+        graphs = importlib.import_module("modcompile.runtimes.ort.cuda_graph")
+        providers, stream = graphs.with_stream(providers)
+    session = open_session(read_verified(folder, manifest, manifest.entry), folder, where=path, providers=providers,
                            intra_op_threads=intra_op_threads, inter_op_threads=inter_op_threads,
                            optimization=optimization, session_config=session_config,
                            custom_ops=_custom_ops(folder, manifest, custom_ops), cuda_graph=cuda_graph)
@@ -132,7 +135,7 @@ def load(folder: Path, manifest: Manifest, *, providers: Sequence[Provider] | No
                              expected="; ".join(map(str, manifest.inputs + manifest.outputs)),
                              found="; ".join(map(str, inputs + outputs)), where=path)
     if cuda_graph:
-        return importlib.import_module("modcompile.runtimes.ort.cuda_graph").CudaGraphEngine(folder, manifest, session)
+        return graphs.CudaGraphEngine(folder, manifest, session, stream)
     return OrtEngine(folder, manifest, session)
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
+from modcompile.runtimes.ort.fuse.constant import add_constant
 
 DOMAIN = "com.microsoft"
 # Of a sequence, up to which one product of three is faster on an H100.
@@ -67,18 +68,18 @@ def _take_biases(graph: ir.Graph, node: ir.Node) -> None:
             _project_inside(graph, node, fused)
             return
         parts = np.split(_array(fused.weight), 3, axis=1)
-        made = [(fused.x, _constant(graph, f"{node.name}/weight_{name}", part))
+        made = [(fused.x, add_constant(graph, f"{node.name}/weight_{name}", part))
                 for name, part in zip("qkv", parts, strict=True)]
         bias = fused.bias
     else:
         found = [product for value in operands if (product := _biased_product(value)) is not None]
         if len(found) != 3:
             return
-        bias = _constant(graph, f"{node.name}/bias", np.concatenate([_array(product.bias) for product in found]))
+        bias = add_constant(graph, f"{node.name}/bias", np.concatenate([_array(product.bias) for product in found]))
         if all(product.x is found[0].x for product in found) and _has_few_rows(found[0].x):
             weights = np.concatenate([_array(product.weight) for product in found], axis=1)
             _project_inside(graph, node,
-                            _Projection(found[0].x, _constant(graph, f"{node.name}/weight", weights), bias))
+                            _Projection(found[0].x, add_constant(graph, f"{node.name}/weight", weights), bias))
             return
         made = [(product.x, product.weight) for product in found]
     for index, (operand, (x, weight)) in enumerate(zip(operands, made, strict=True)):
@@ -134,10 +135,3 @@ def _biased_product(value: ir.Value | None) -> _Projection | None:
 def _array(value: ir.Value) -> np.ndarray:
     assert value.const_value is not None
     return value.const_value.numpy()
-
-
-def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value

@@ -23,6 +23,7 @@ __all__ = ["fuse_norms"]
 
 import numpy as np
 import onnx_ir as ir
+from modcompile.runtimes.ort.fuse.constant import add_constant
 from onnxscript.rewriter.ort_fusions.skip_normalization import (
     fuse_skip_layer_normalization,
     fuse_skip_rms_normalization,
@@ -61,15 +62,15 @@ def _norm_before_merge(graph: ir.Graph, norm: ir.Node) -> None:
     summed = x.producer()
     if summed is None or summed.op_type != "Add" or norm.attributes.get_int("axis", -1) not in (-1, 2):
         return
-    shapes = [value.shape for value in (x, positions)]
-    if any(shape is None or not all(isinstance(size, int) for size in shape) for shape in shapes):
+    if x.shape is None or positions.shape is None:
         return
-    batch, rows, capacity = (int(size) for size in (*x.shape[:2], positions.shape[1]))  # type: ignore[index]
+    sizes = [size for size in (*x.shape, *positions.shape) if isinstance(size, int)]
+    if len(sizes) != 5:
+        return
+    batch, rows, _, _, capacity = sizes
     if capacity > _MOST_ROWS * rows:
         return
-    ones = ir.tensor(np.ones((batch, capacity), merged.dtype.numpy()), name=f"{norm.name}/ones")
-    one = ir.Value(name=ones.name, shape=ir.Shape(ones.shape), type=ir.TensorType(ones.dtype), const_value=ones)
-    graph.register_initializer(one)
+    one = add_constant(graph, f"{norm.name}/ones", np.ones((batch, capacity), merged.dtype.numpy()))
 
     def added(after: ir.Node, node: ir.Node, like: ir.Value) -> ir.Value:
         graph.insert_after(after, node)
@@ -103,11 +104,7 @@ def _skip_nothing(graph: ir.Graph, norm: ir.Node) -> None:
     if not isinstance(rows, int) or not isinstance(width, int) or norm.attributes.get_int("axis", -1) not in (-1, 2):
         return
     name = f"nothing_{rows}x{width}_{x.dtype.name}"
-    nothing = graph.initializers.get(name)
-    if nothing is None:
-        zeros = ir.tensor(np.zeros((1, rows, width), x.dtype.numpy()), name=name)
-        nothing = ir.Value(name=name, shape=ir.Shape(zeros.shape), type=ir.TensorType(zeros.dtype), const_value=zeros)
-        graph.register_initializer(nothing)
+    nothing = graph.initializers.get(name) or add_constant(graph, name, np.zeros((1, rows, width), x.dtype.numpy()))
     epsilon = ir.AttrFloat32("epsilon", norm.attributes.get_float("epsilon", 1e-5))
     norm.op_type, norm.domain = f"Skip{norm.op_type}", "com.microsoft"
     norm.attributes.clear()
@@ -116,6 +113,7 @@ def _skip_nothing(graph: ir.Graph, norm: ir.Node) -> None:
     norm.resize_inputs(len(inputs))
     for index, value in enumerate(inputs):
         norm.replace_input_with(index, value)
+
 
 
 def _is_one(gate: ir.Value) -> bool:

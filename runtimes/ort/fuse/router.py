@@ -54,9 +54,10 @@ def _fuse(graph: ir.Graph, route: ir.Node) -> bool:
     bias, axes = add.inputs[1], squeeze.inputs[1] if len(squeeze.inputs) > 1 else None
     if not x or not weight or not bias or not axes or logits.shape is None or len(logits.shape) != 2:
         return False
-    if any(value.const_value is None for value in (weight, bias, axes)) or axes.const_value.numpy() not in (-1, 2):
+    tensors = weight.const_value, bias.const_value, axes.const_value
+    if tensors[0] is None or tensors[1] is None or tensors[2] is None:
         return False
-    if weight.const_value.shape[1:] != (1,) or bias.const_value.shape != (1,):
+    if tensors[0].shape[1:] != (1,) or tensors[1].shape != (1,) or tensors[2].numpy().tolist() not in ([-1], [2]):
         return False
     cast = _producer(x, "Cast")
     x = cast.inputs[0] if cast else x
