@@ -9,6 +9,7 @@ __all__ = ["build"]
 
 import copy
 import json
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -205,6 +206,9 @@ def _compile(program: ExportedProgram, examples: list[torch.Tensor], scratch: st
         "aot_inductor.output_path": scratch,
         # As many threads as the machine that runs it is told to use.
         "cpp.dynamic_threads": True,
+        # By its file's name. Where the linker finds only the static one, the package has a second copy of the C++
+        # library, and its streams crash on the first one's locales.
+        **({"aot_inductor.custom_op_libs": [":libstdc++.so.6"]} if sys.platform == "linux" else {}),
         **(_AUTOTUNE if autotune else {}),
     }
     try:

@@ -70,9 +70,10 @@ def case(seed=0):
 def test_the_provider_is_told_to_record(folders, as_cuda):
     load_engine(folders / "static", providers=[CUDA, "CPUExecutionProvider"], cuda_graph=True)
     load_engine(folders / "static", providers=[(CUDA, {"device_id": 1})], cuda_graph=True)
-    load_engine(folders / "static", providers=[CUDA])
-    assert as_cuda == [[(CUDA, {"enable_cuda_graph": "1"}), ("CPUExecutionProvider", {})],
-                       [(CUDA, {"device_id": 1, "enable_cuda_graph": "1"})], [CUDA]]
+    load_engine(folders / "static", providers=[(CUDA, {"use_tf32": "1"})])
+    exact = {"use_tf32": "0"}
+    assert as_cuda == [[(CUDA, {**exact, "enable_cuda_graph": "1"}), ("CPUExecutionProvider", {})],
+                       [(CUDA, {**exact, "device_id": 1, "enable_cuda_graph": "1"})], [(CUDA, {"use_tf32": "1"})]]
 
 
 def test_runs_go_through_memory_that_stays(folders, as_cuda):
