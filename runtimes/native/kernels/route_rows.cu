@@ -12,8 +12,8 @@ namespace modcompile {
 namespace {
 
 constexpr int kThreads = 512;  // the select would like 1024, the dot products smaller CTAs
-constexpr int kCtasPerProcessor = 2;
 constexpr int kWarps = kThreads / kWarp;
+constexpr int kStepsAtOnce = 2;
 constexpr int kMostRowsPerWarp = 4;  // that a warp computes at once: one load of the weight serves them all
 
 // sum[r] = x[r] . weight for the `count` rows of a warp, which begin `width` apart; lanes take kPerLane elements in turn.
@@ -21,27 +21,39 @@ template <typename T, int kPerLane>
 __device__ __forceinline__ void dot_rows(const T* __restrict__ x, const float* __restrict__ weight, int64_t width,
                                          int count, int lane, float (&sum)[kMostRowsPerWarp]) {
   constexpr int kPerWeight = kPerLane < 4 ? kPerLane : 4;
-  // Four loads in flight for each lane of 32 warps are four times what keeps the memory busy: unrolled, it would spill.
+  constexpr int64_t kStep = kWarp * kPerLane;
+  // Two steps at a time: eight loads in flight for each lane, for a warp waits for memory once a round.
 #pragma unroll 1
-  for (int64_t at = lane * kPerLane; at < width; at += kWarp * kPerLane) {
-    Word<T, kPerLane> values[kMostRowsPerWarp] = {};
+  for (int64_t begin = lane * kPerLane; begin < width; begin += kStepsAtOnce * kStep) {
+    Word<T, kPerLane> values[kStepsAtOnce][kMostRowsPerWarp] = {};
 #pragma unroll
-    for (int r = 0; r < kMostRowsPerWarp; ++r) {
-      if (r < count) values[r] = *reinterpret_cast<const Word<T, kPerLane>*>(x + r * width + at);
-    }
-    float weights[kPerLane];
+    for (int step = 0; step < kStepsAtOnce; ++step) {
+      const int64_t at = begin + step * kStep;
 #pragma unroll
-    for (int i = 0; i < kPerLane; i += kPerWeight) {
-      const auto word = *reinterpret_cast<const Word<float, kPerWeight>*>(weight + at + i);
-      const auto part = unpack<float, kPerWeight>(word);
-#pragma unroll
-      for (int j = 0; j < kPerWeight; ++j) weights[i + j] = part.at[j];
+      for (int r = 0; r < kMostRowsPerWarp; ++r) {
+        if (r < count && at < width) {
+          values[step][r] = *reinterpret_cast<const Word<T, kPerLane>*>(x + r * width + at);
+        }
+      }
     }
 #pragma unroll
-    for (int r = 0; r < kMostRowsPerWarp; ++r) {
-      const auto elements = unpack<T, kPerLane>(values[r]);
+    for (int step = 0; step < kStepsAtOnce; ++step) {
+      const int64_t at = begin + step * kStep;
+      if (at >= width) break;
+      float weights[kPerLane];
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) sum[r] = fmaf(to_float(elements.at[i]), weights[i], sum[r]);
+      for (int i = 0; i < kPerLane; i += kPerWeight) {
+        const auto word = *reinterpret_cast<const Word<float, kPerWeight>*>(weight + at + i);
+        const auto part = unpack<float, kPerWeight>(word);
+#pragma unroll
+        for (int j = 0; j < kPerWeight; ++j) weights[i + j] = part.at[j];
+      }
+#pragma unroll
+      for (int r = 0; r < kMostRowsPerWarp; ++r) {
+        const auto elements = unpack<T, kPerLane>(values[step][r]);
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) sum[r] = fmaf(to_float(elements.at[i]), weights[i], sum[r]);
+      }
     }
   }
 #pragma unroll
@@ -77,7 +89,7 @@ __device__ bool is_last(uint32_t* finished, uint32_t ctas) {
 }
 
 template <typename T, int kItems, bool kHeld>
-__global__ void __launch_bounds__(kThreads, kCtasPerProcessor)
+__global__ void __launch_bounds__(kThreads)
     route_rows_kernel(const T* x, Router router, const uint8_t* valid, float* logits, void* positions, int index_bytes,
                       uint8_t* filled, int rows, int capacity, uint32_t* finished) {
   using Select = RowSelect<kThreads, kItems, kHeld>;
