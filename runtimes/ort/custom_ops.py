@@ -46,6 +46,26 @@ class CustomOps:
     version: str
     providers: tuple[str, ...]
 
+    def check_gpu(self, device: int) -> None:
+        """Asks whether the kernels for CUDA run on a GPU.
+
+        Raises:
+            RuntimeUnavailableError: There are none in the library, or none for this GPU's architecture.
+        """
+        if "CUDAExecutionProvider" not in self.providers:
+            raise RuntimeUnavailableError("the custom-op library has no kernels for CUDA",
+                                          expected="CUDAExecutionProvider", found=", ".join(self.providers),
+                                          fix="build runtimes/native with -DMODCOMPILE_ORT=ON and without "
+                                          "-DMODCOMPILE_CUDA=OFF, or pass custom_ops=False to load_engine")
+        # Loaded already: the same path is the same library.
+        ask = ctypes.CDLL(str(self.path)).modcompile_ort_cuda_error
+        ask.restype = ctypes.c_char_p
+        if (reason := ask(device)) is not None:
+            raise RuntimeUnavailableError("the custom-op library's kernels do not run on this GPU",
+                                          expected=f"kernels for the architecture of cuda:{device}",
+                                          found=reason.decode(), fix="build runtimes/native with "
+                                          "-DCMAKE_CUDA_ARCHITECTURES=native on this machine, or pass custom_ops=False")
+
     def __str__(self):
         return f"{self.version} for {', '.join(name.removesuffix('ExecutionProvider') for name in self.providers)}"
 

@@ -75,7 +75,7 @@ def open_session(model: bytes, folder: Path, *, where: Path, providers: Sequence
     for key, value in (session_config or {}).items():
         options.add_session_config_entry(key, value)
     if custom_ops is not None:
-        _register(custom_ops, options, names)
+        _register(custom_ops, options, providers)
     try:
         # A disabled fallback raises where ONNX Runtime would otherwise print and go on with the CPU.
         session = onnxruntime.InferenceSession(
@@ -143,13 +143,11 @@ def _recording(providers: Sequence[Provider]) -> list[Provider]:
     return [(name, {**options, "enable_cuda_graph": "1"} if name == CUDA else options) for name, options in pairs]
 
 
-def _register(custom_ops: CustomOps, options: onnxruntime.SessionOptions, providers: list[str]) -> None:
-    # They would run on the CPU, between copies there and back.
-    if CUDA in providers and CUDA not in custom_ops.providers:
-        raise RuntimeUnavailableError("the custom-op library has no kernels for CUDA", expected=CUDA,
-                                      found=", ".join(custom_ops.providers),
-                                      fix="build runtimes/native with -DMODCOMPILE_ORT=ON and without "
-                                      "-DMODCOMPILE_CUDA=OFF, or pass custom_ops=False to load_engine")
+def _register(custom_ops: CustomOps, options: onnxruntime.SessionOptions, providers: Sequence[Provider]) -> None:
+    for name, given in (provider for provider in providers if not isinstance(provider, str)):
+        if name == CUDA:
+            # Others would run on the CPU, between copies there and back.
+            custom_ops.check_gpu(int(given.get("device_id", 0)))
     try:
         options.register_custom_ops_library(str(custom_ops.path))
     except Exception as error:

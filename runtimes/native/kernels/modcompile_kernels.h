@@ -40,6 +40,10 @@ enum {
 // The version of this library, "MAJOR.MINOR.PATCH"; modcompile's own. Never null.
 MODCOMPILE_API const char* modcompile_kernels_version(void);
 
+// Whether the current device can run these kernels: cudaErrorNoKernelImageForDevice for a GPU of another architecture
+// than they were compiled for.
+MODCOMPILE_API int modcompile_kernels_run_here(void);
+
 // Chooses the K best rows of each batch row. One launch, one CTA for each batch row.
 //
 //   logits       [B, S] float32

@@ -37,6 +37,12 @@ auto kernel_for(int64_t rows, int* threads) {
 }  // namespace
 }  // namespace modcompile
 
+int modcompile_kernels_run_here() {
+  int threads = 0;
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, modcompile::kernel_for(1, &threads));
+}
+
 int modcompile_route(const float* logits, const uint8_t* valid, void* positions, int index_bytes, uint8_t* filled,
                      int64_t batch, int64_t rows, int64_t capacity, cudaStream_t stream) {
   using namespace modcompile;

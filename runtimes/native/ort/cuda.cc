@@ -74,3 +74,15 @@ void Cuda::run(const MergeRows& op) const {
 }
 
 }  // namespace modcompile
+
+// Why the kernels do not run on a device, in CUDA's words; null where they do. The calling thread's device stays.
+extern "C" __attribute__((visibility("default"))) const char* modcompile_ort_cuda_error(int device) {
+  int before = 0;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  if (error == cudaSuccess) {
+    error = static_cast<cudaError_t>(modcompile_kernels_run_here());
+    cudaSetDevice(before);
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}

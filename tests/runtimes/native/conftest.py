@@ -25,6 +25,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _POINTER, _INT, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _SIGNATURES = {
     "modcompile_kernels_version": (ctypes.c_char_p, []),
+    "modcompile_kernels_run_here": (_INT, []),
     "modcompile_route": (_INT, [_POINTER] * 3 + [_INT, _POINTER] + [_SIZE] * 3 + [_POINTER]),
     "modcompile_route_rows_workspace": (ctypes.c_size_t, [_SIZE] * 2),
     "modcompile_route_rows": (

@@ -524,6 +524,30 @@ def test_a_library_of_the_cpu_alone_with_the_cuda_provider(library, exported, tm
         build_engine(exported["fp32"], tmp_path / "engine", custom_ops=library, providers=["CUDAExecutionProvider"])
 
 
+def test_a_library_for_another_gpu(exported, tmp_path, compile_library, monkeypatch):
+    """As CUDA says it: the library's own answer is compiled in here, for there may be no GPU."""
+    path = compile_library('''extern "C" {
+        int modcompile_ort_domain_version() { return 1; }
+        const char* modcompile_ort_version() { return "9.9"; }
+        const char* modcompile_ort_providers() { return "CPUExecutionProvider CUDAExecutionProvider"; }
+        const char* modcompile_ort_cuda_error(int device) { return device == 1 ? "no kernel image" : 0; }
+    }''')
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    providers = [("CUDAExecutionProvider", {"device_id": 1})]
+    with pytest.raises(RuntimeUnavailableError, match="do not run on this GPU") as caught:
+        build_engine(exported["fp32"], tmp_path / "engine", custom_ops=path, providers=providers)
+    assert "cuda:1" in str(caught.value) and "no kernel image" in str(caught.value)
+    # The other one is not at fault.
+    with pytest.raises(RuntimeUnavailableError, match="does not take the custom-op library"):
+        build_engine(exported["fp32"], tmp_path / "engine", custom_ops=path, providers=["CUDAExecutionProvider"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+def test_the_kernels_run_here(gpu_kernels):
+    assert gpu_kernels.library.modcompile_kernels_run_here() == 0
+
+
 def test_headers_are_found_where_the_environment_says(tmp_path, monkeypatch):
     monkeypatch.setenv("ONNXRUNTIME_INCLUDE_DIR", str(tmp_path))
     assert find_ort_headers() is None
