@@ -23,6 +23,12 @@ from modcompile.manifest import TensorSpec
 # The ONNX file of every ONNX Runtime engine.
 ENTRY = "model.onnx"
 CUDA = "CUDAExecutionProvider"
+_CUDA_DEFAULTS = {
+    # float32 products stay in float32: their factors would be rounded to 10 bits.
+    "use_tf32": "0",
+    # Memory is taken as it is needed, not in powers of two, up to half of which would lie idle.
+    "arena_extend_strategy": "kSameAsRequested",
+}
 
 Provider = str | tuple[str, Mapping[str, Any]]
 Optimization = Literal["all", "extended", "basic", "none"]
@@ -59,7 +65,7 @@ def open_session(model: bytes, folder: Path, *, where: Path, providers: Sequence
         ModcompileError: There is too little memory.
     """
     names = _check_providers(providers)
-    providers = _in_float32(providers)
+    providers = _with_defaults(providers)
     if cuda_graph:
         providers = _recording(providers)
     options = onnxruntime.SessionOptions()
@@ -125,13 +131,10 @@ def _check_providers(providers: Sequence[Provider]) -> list[str]:
     return names
 
 
-def _in_float32(providers: Sequence[Provider]) -> list[Provider]:
-    """The providers, CUDA's told to keep float32 products in float32; it would round their factors to 10 bits.
-
-    A caller that prefers speed says ``("CUDAExecutionProvider", {"use_tf32": "1"})``.
-    """
+def _with_defaults(providers: Sequence[Provider]) -> list[Provider]:
+    """The providers, with our defaults for CUDA's options where the caller names none."""
     pairs = [(provider, {}) if isinstance(provider, str) else provider for provider in providers]
-    return [(name, {"use_tf32": "0", **options} if name == CUDA else options) for name, options in pairs]
+    return [(name, {**_CUDA_DEFAULTS, **options} if name == CUDA else options) for name, options in pairs]
 
 
 def _recording(providers: Sequence[Provider]) -> list[Provider]:
