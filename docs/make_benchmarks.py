@@ -32,7 +32,7 @@ random, so these tables say nothing of quality.
 *Largest error* is from the float32 model in PyTorch. Rounding moves some rows of some models far, and a routed engine
 in half precision ranks some rows with nearly equal logits otherwise: where rows are far from the float32 model's, their
 share stands below the table, and beside it PyTorch's own, on the same graph in the same precision. *Engine MB* is the
-engine on disk, *GPU MB* what the GPU's memory holds for it after a run.
+engine on disk, *GPU MB* what the GPU's memory holds for it after a run, weights and what it computes with.
 
 This page is written by `docs/make_benchmarks.py` from `docs/benchmarks/*.json`.
 """
@@ -43,13 +43,15 @@ def rows(report: dict) -> list[str]:
     dense = report["timings"].get("dense")
     on_gpu = any(timing["device_bytes"] is not None for timing in report["timings"].values())
     lines = [f"| | GFLOP | median ms | p10 | p90 | dense/this | largest error | engine MB |"
-             f"{' GPU MB |' if on_gpu else ''}", f"|---|---|---|---|---|---|---|---|{'---|' if on_gpu else ''}"]
+             f"{' GPU MB | beside weights |' if on_gpu else ''}",
+             f"|---|---|---|---|---|---|---|---|{'---|---|' if on_gpu else ''}"]
     for name, timing in report["timings"].items():
         share = f"{dense['median_ms'] / timing['median_ms']:.2f}" if dense else ""
         lines.append(f"| {TITLES[name]} | {timing['flops'] / 1e9:.3g} | {timing['median_ms']:.4g} | "
                      f"{timing['p10_ms']:.4g} | {timing['p90_ms']:.4g} | {share} | {timing['max_abs_error']:.1g} |"
                      f" {megabytes(timing['folder_bytes'])} |"
-                     + (f" {megabytes(timing['device_bytes'])} |" if on_gpu else ""))
+                     + (f" {megabytes(timing['device_bytes'])} | {megabytes(timing['activation_bytes'])} |" if on_gpu
+                        else ""))
     return lines
 
 
@@ -59,16 +61,13 @@ def megabytes(size: int | None) -> str:
 
 
 def notes(report: dict) -> list[str]:
-    """What stands below the table: far rows and memory of variants that have any, and variants without figures."""
+    """What stands below the table: far rows of variants that have any, and variants without figures."""
     lines = []
     for name, timing in report["timings"].items():
         # Figures of before these were told have none.
         if timing.get("far_rows"):
             lines.append(f"{TITLES[name]}: {timing['far_rows']:.2%} of the rows are far from the float32 model's, in "
                          f"PyTorch {timing['torch_far_rows'] or 0:.2%}.")
-        if timing.get("activation_bytes") is not None:
-            lines.append(f"{TITLES[name]}: {megabytes(timing['weight_bytes'])} MB of weights, "
-                         f"{megabytes(timing['activation_bytes'])} MB of activations.")
     lines += [f"{TITLES[name]}: no figures, {message.splitlines()[0]}."
               for name, message in report.get("failed", {}).items()]
     return [*lines, ""] if lines else []

@@ -165,13 +165,13 @@ class _Entry:
     build_s: float | None
     folder_bytes: int | None
     device_bytes: int | None
+    weight_bytes: int
 
     def timing(self, variant: str, times_ms: Sequence[float], kernels: tuple) -> Timing:
-        # Where a runtime tells its memory apart, its engines have these attributes.
-        weights, activations = (getattr(self.engine, name, None) for name in ("weight_bytes", "activation_bytes"))
+        activations = None if self.device_bytes is None else self.device_bytes - self.weight_bytes
         return Timing(variant, self.flops, tuple(times_ms), self.agreement.max_abs_error, self.agreement.relative_l2,
                       self.agreement.far_rows, self.agreement.torch_far_rows, self.build_s, self.folder_bytes,
-                      self.device_bytes, weights, activations, kernels)
+                      self.device_bytes, self.weight_bytes, activations, kernels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +218,8 @@ class _Workshop:
         try:
             self.say(f"checking the {TITLES[variant]} engine")
             agreement = check(model, engine, self.inputs, routed=variant in _ROUTED, options=self.options)
-            return _Entry(engine, count_flops(model, self.sizes), agreement, build_s, folder_bytes, device_bytes)
+            return _Entry(engine, count_flops(model, self.sizes), agreement, build_s, folder_bytes, device_bytes,
+                          self._weight_bytes(model))
         except BaseException:
             engine.close()
             raise
@@ -234,6 +235,11 @@ class _Workshop:
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: value.shape for name, value in self.inputs.items()}
+
+    def _weight_bytes(self, model: GraphModel) -> int:
+        half = self.precision != "fp32"
+        return sum(tensor.numel() * (2 if half and tensor.is_floating_point() else tensor.itemsize)
+                   for tensor in model.tensors().values())
 
     def _load(self, folder: Path) -> Engine:
         engine = load_engine(folder, **load_options(self.runtime, self.options))
@@ -286,12 +292,14 @@ def _enter(workshop: _Workshop, variants: Sequence[str], keep_going: bool, start
 
 def _with_routers(mod: MoDModel, seed: int) -> tuple[MoDModel, str]:
     """The model, or a copy on the same weights whose routers tell rows apart."""
-    if any(router.weight.any() for router in mod.routers.values()):
+    scoring = {path: router for path, router in mod.routers.items() if hasattr(router, "weight")}
+    if not scoring or any(router.weight.any() for router in scoring.values()):
         return mod, "as they are in the model"
     # What is in the memo already is shared, not copied; routers are made anew.
     made = copy.deepcopy(mod, {id(tensor): tensor for tensor in mod.tensors().values()})
     generator = torch.Generator().manual_seed(seed)
-    for router in made.routers.values():
+    for path in scoring:
+        router = made.routers[path]
         with torch.no_grad():
             noise = torch.randn(router.weight.shape, generator=generator) * router.weight.shape[1] ** -0.5
             router.weight.copy_(noise)

@@ -43,8 +43,8 @@ class Timing:
         build_s: How long the build took; None for an engine that was there already.
         folder_bytes: The size of the engine's folder; None where there is none.
         device_bytes: What the GPU's memory lost when the engine was loaded and had run once; None on a CPU.
-        weight_bytes: How much of that is weights, and ``activation_bytes``: what a run computes with; None where the
-            runtime does not tell.
+        weight_bytes: The model's weights in this precision; ``activation_bytes``: what else of ``device_bytes`` there is,
+            which is what a run computes with, its libraries' workspaces, and memory that the runtime keeps for later.
         kernels: Those of one run that take the longest, if they were asked for.
     """
 
@@ -146,14 +146,15 @@ class BenchReport:
         on_gpu = any(timing.device_bytes is not None for timing in self.timings.values())
         table = Table("", box=None, header_style="bold", pad_edge=False)
         for column in ("GFLOP", "median ms", "p10", "p90", "dense/this", "largest error", "engine MB",
-                       *(["GPU MB"] if on_gpu else [])):
+                       *(["GPU MB", "beside weights"] if on_gpu else [])):
             table.add_column(column, justify="right")
         dense = self.timings.get("dense")
         for name, timing in self.timings.items():
             table.add_row(TITLES[name], f"{timing.flops / 1e9:.3g}", f"{timing.median_ms:.4g}",
                           *(f"{timing.percentile_ms(percent):.4g}" for percent in (10, 90)),
                           f"{dense.median_ms / timing.median_ms:.2f}" if dense else "", f"{timing.max_abs_error:.1g}",
-                          _megabytes(timing.folder_bytes), *([_megabytes(timing.device_bytes)] if on_gpu else []))
+                          _megabytes(timing.folder_bytes), *(map(_megabytes, (
+                              timing.device_bytes, timing.activation_bytes)) if on_gpu else ()))
         return table
 
     def _notes(self) -> list[str]:
