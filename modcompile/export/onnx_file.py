@@ -30,6 +30,7 @@ from modcompile.manifest import METADATA_KEY, ModelMetadata, PassRecord, Precisi
 from modcompile.model import GraphModel
 from modcompile.pass_manager import Pass, PassManager
 from modcompile.passes.cast_precision import CastPrecision
+from modcompile.passes.fold_filled import FoldFilled
 from modcompile.passes.fold_straight_through import FoldStraightThrough
 from modcompile.passes.fuse_attention import FuseAttention
 from modcompile.passes.simplify_masks import SimplifyMasks
@@ -98,6 +99,7 @@ def lowering_passes(opset: int, half: Literal["float16", "bfloat16"] | None = No
     fused = opset >= ONNX_FUSED_OPSET
     return [
         # A constant gate must not look like arithmetic on logits to what follows.
+        FoldFilled(),
         FoldStraightThrough(),
         # A causal mask that is written out becomes the flag again: a kernel of its own, and no mask to read.
         SimplifyMasks(),

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch._inductor
 from modcompile.passes.cast_precision import CastPrecision
+from modcompile.passes.fold_filled import FoldFilled
 from modcompile.passes.fold_straight_through import FoldStraightThrough
 from modcompile.passes.fuse_attention import FuseAttention
 from modcompile.passes.simplify_masks import SimplifyMasks
@@ -113,6 +114,7 @@ def lowering_passes(precision: str) -> list[Pass]:
     half = PRECISIONS[precision]
     return [
         # A constant gate must not look like arithmetic on logits to what follows.
+        FoldFilled(),
         FoldStraightThrough(),
         # Attention that is written out becomes one node, for which there are kernels.
         FuseAttention(),

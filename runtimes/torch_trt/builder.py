@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from modcompile.passes.cast_precision import CastPrecision
+from modcompile.passes.fold_filled import FoldFilled
 from modcompile.passes.fold_straight_through import FoldStraightThrough
 from modcompile.passes.fuse_attention import FuseAttention
 from modcompile.passes.simplify_masks import SimplifyMasks
@@ -136,6 +137,7 @@ def lowering_passes(precision: str) -> list[Pass]:
     half = PRECISIONS[precision]
     return [
         # A constant gate must not look like arithmetic on logits to what follows.
+        FoldFilled(),
         FoldStraightThrough(),
         # Attention that is written out becomes one node, which becomes one layer of TensorRT's.
         FuseAttention(),
