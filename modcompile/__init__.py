@@ -25,7 +25,6 @@ __all__ = [
     "find_blocks",
     "load",
     "load_engine",
-    "package",
     "trace_routing",
     "verify",
 ]
@@ -46,7 +45,6 @@ if TYPE_CHECKING:
     from modcompile.engine import Engine, build_engine, load_engine
     from modcompile.export import export_onnx
     from modcompile.model import GraphModel, MoDModel
-    from modcompile.package import package
     from modcompile.saving import load
     from modcompile.trace import trace_routing
     from modcompile.verify import verify
@@ -66,7 +64,6 @@ _HOMES = {
     "find_blocks": "modcompile.blocks",
     "load": "modcompile.saving",
     "load_engine": "modcompile.engine",
-    "package": "modcompile.package",
     "trace_routing": "modcompile.trace",
     "verify": "modcompile.verify",
 }

@@ -17,7 +17,7 @@ from modcompile.cli.console import settings
 from modcompile.config import MoDConfig
 from modcompile.errors import IntegrityError, ParityError, RuntimeUnavailableError, UnsupportedGraphError, UsageError
 
-VERBS = "inspect convert diff export build package run verify bench report doctor passes".split()
+VERBS = "inspect convert diff export build run verify bench report doctor passes".split()
 
 
 @pytest.fixture

@@ -36,7 +36,8 @@ def test_a_report_of_a_gpu(script: ModuleType, report: dict):
     mod = report["timings"]["mod"]
     for timing in report["timings"].values():
         timing["activation_bytes"] = None
-    mod |= {"device_bytes": 2_000_000_000, "activation_bytes": 1_300_000_000, "far_rows": 0.0123, "torch_far_rows": 0.01}
+    mod |= {"device_bytes": 2_000_000_000, "activation_bytes": 1_300_000_000, "far_rows": 0.0123,
+            "torch_far_rows": 0.01}
     report["timings"]["compile"] = {**mod, "folder_bytes": None, "far_rows": 0.0}
     report["failed"] = {"masked": "too large\n  found: what"}
     text = script.section(report)
