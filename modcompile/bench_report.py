@@ -43,7 +43,7 @@ class Timing:
         build_s: How long the build took; None for an engine that was there already.
         folder_bytes: The size of the engine's folder; None where there is none.
         device_bytes: What the GPU's memory lost when the engine was loaded and had run once; None on a CPU.
-        weight_bytes: The model's weights in this precision; ``activation_bytes``: the rest of ``device_bytes``, which is
+        weight_bytes: The model's weights in this precision; ``activation_bytes``: the rest of ``device_bytes``:
             what a run computes with, its libraries' workspaces, and memory that the runtime keeps for later.
         kernels: Those of one run that take the longest, if they were asked for.
     """
