@@ -106,6 +106,16 @@ MODCOMPILE_API int modcompile_merge_rows(const void* x, const void* y, const voi
                                          const void* gate, void* out, int dtype, int64_t batch, int64_t rows,
                                          int64_t capacity, int64_t width, void* workspace, cudaStream_t stream);
 
+// Two merges at the same positions with the same gate, such as of the residual stream and of its norm: one launch where
+// both are in place.
+//
+//   x, y, out                     of one merge, as for modcompile_merge_rows
+//   other_x, other_y, other_out   of the other, of the same shapes; they overlap nothing of the first
+MODCOMPILE_API int modcompile_merge_row_pairs(const void* x, const void* y, const void* other_x, const void* other_y,
+                                              const void* positions, int index_bytes, const void* gate, void* out,
+                                              void* other_out, int dtype, int64_t batch, int64_t rows,
+                                              int64_t capacity, int64_t width, cudaStream_t stream);
+
 #ifdef __cplusplus
 }
 #endif

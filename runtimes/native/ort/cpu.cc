@@ -144,4 +144,13 @@ void Cpu::run(const MergeRows& op) const {
   }
 }
 
+void Cpu::run(const MergeRowPairs& op) const {
+  MergeRows other = op.first;
+  other.x = op.other_x;
+  other.y = op.other_y;
+  other.out = op.other_out;
+  run(op.first);
+  run(other);
+}
+
 }  // namespace modcompile

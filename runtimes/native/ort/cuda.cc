@@ -73,6 +73,14 @@ void Cuda::run(const MergeRows& op) const {
         "MergeRows");
 }
 
+void Cuda::run(const MergeRowPairs& op) const {
+  const MergeRows& first = op.first;
+  check(modcompile_merge_row_pairs(first.x, first.y, op.other_x, op.other_y, first.positions, kInt64, first.gate,
+                                   first.out, op.other_out, element_of(first.element), first.batch, first.rows,
+                                   first.capacity, first.width, static_cast<cudaStream_t>(stream_)),
+        "MergeRowPairs");
+}
+
 }  // namespace modcompile
 
 // Why the kernels do not run on a device, in CUDA's words; null where they do. The calling thread's device stays.

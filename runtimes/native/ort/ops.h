@@ -55,6 +55,14 @@ struct MergeRows {
   int64_t batch, rows, capacity, width;
 };
 
+// Two merges at the same positions with the same gate.
+struct MergeRowPairs {
+  MergeRows first;
+  const void* other_x;  // [B, S, D]
+  const void* other_y;  // [B, K, D]
+  void* other_out;      // [B, S, D]; other_x itself where ONNX Runtime reuses its memory
+};
+
 // A device is made for each call and throws Ort::Exception where an op cannot be done.
 
 class Cpu {
@@ -73,6 +81,7 @@ class Cpu {
   void run(const RouteRows& op, Kept&) const;
   void run(const GatherRows& op) const;
   void run(const MergeRows& op) const;
+  void run(const MergeRowPairs& op) const;
 };
 
 // Launches on the stream that ONNX Runtime's provider computes on; nothing here waits or allocates.
@@ -106,6 +115,7 @@ class Cuda {
   void run(const RouteRows& op, Kept& kept) const;
   void run(const GatherRows& op) const;
   void run(const MergeRows& op) const;
+  void run(const MergeRowPairs& op) const;
 
  private:
   void* stream_;

@@ -126,6 +126,10 @@ void check(size_t batch, size_t rows, size_t capacity, size_t width) {
                               MODCOMPILE_FLOAT32, b, s, k, d, nullptr, nullptr) == cudaSuccess);
   CHECK(modcompile_merge_rows(x_there.get(), y_there.get(), positions.get(), 8, gate_there.get(), x_there.get(),
                               MODCOMPILE_FLOAT32, b, s, k, d, nullptr, nullptr) == cudaSuccess);
+  const OnDevice<float> pair_there(x), other_there(x);
+  CHECK(modcompile_merge_row_pairs(pair_there.get(), y_there.get(), other_there.get(), y_there.get(), positions.get(), 8,
+                                   gate_there.get(), pair_there.get(), other_there.get(), MODCOMPILE_FLOAT32, b, s, k,
+                                   d, nullptr) == cudaSuccess);
   const auto chosen = positions.values();
   auto expected = x;
   const auto gathered = rows_there.values();
@@ -139,6 +143,8 @@ void check(size_t batch, size_t rows, size_t capacity, size_t width) {
   }
   CHECK(merged_there.values() == expected);
   CHECK(x_there.values() == expected);
+  CHECK(pair_there.values() == expected);
+  CHECK(other_there.values() == expected);
 }
 
 }  // namespace

@@ -32,6 +32,8 @@ _SIGNATURES = {
         _INT, [_POINTER, _INT] + [_POINTER] * 5 + [_INT, _POINTER] + [_SIZE] * 4 + [_POINTER] * 2),
     "modcompile_gather_rows": (_INT, [_POINTER] * 2 + [_INT, _POINTER] + [_SIZE] * 4 + [_POINTER]),
     "modcompile_merge_rows": (_INT, [_POINTER] * 3 + [_INT] + [_POINTER] * 2 + [_INT] + [_SIZE] * 4 + [_POINTER] * 2),
+    "modcompile_merge_row_pairs": (
+        _INT, [_POINTER] * 5 + [_INT] + [_POINTER] * 3 + [_INT] + [_SIZE] * 4 + [_POINTER]),
 }
 
 
@@ -82,6 +84,11 @@ class Kernels:
         batch, rows, width = x.shape
         self._call("modcompile_merge_rows", x, y, positions, positions.itemsize, gate, out, DTYPES[x.dtype], batch,
                    rows, positions.shape[1], width, None)
+
+    def merge_row_pairs(self, x, y, other_x, other_y, positions, gate, out, other_out):
+        batch, rows, width = x.shape
+        self._call("modcompile_merge_row_pairs", x, y, other_x, other_y, positions, positions.itemsize, gate, out,
+                   other_out, DTYPES[x.dtype], batch, rows, positions.shape[1], width)
 
 
 def build_for_gpu(folder: Path) -> Path:

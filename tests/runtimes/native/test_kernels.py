@@ -232,6 +232,23 @@ def test_merge_rows(kernels, seed, batch, rows, capacity, width, dtype, in_place
         assert_merged(found, x, y, positions, gate)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("batch", "rows", "capacity", "width"), [(1, 1, 1, 1), (3, 33, 5, 7), (2, 100, 9, 72)])
+def test_merge_row_pairs(kernels, seed, batch, rows, capacity, width, dtype):
+    device = kernels.device
+    for in_place, offset in itertools.product(itertools.product([False, True], repeat=2), (0, dtype.itemsize)):
+        x, y, positions, gate = merge_case(dtype, batch, rows, capacity, width)
+        other_x, other_y, _, _ = merge_case(dtype, batch, rows, capacity, width)
+        # An offset keeps both from being written 16 bytes at a time.
+        outs = [Guarded(x.shape, dtype, device, at).holding(given) for given, at in ((x, 0), (other_x, offset))]
+        befores = [out.tensor if same else put(given, device)
+                   for out, same, given in zip(outs, in_place, (x, other_x), strict=True)]
+        kernels.merge_row_pairs(befores[0], put(y, device), befores[1], put(other_y, device), put(positions, device),
+                                put(gate, device), outs[0].tensor, outs[1].tensor)
+        assert_merged(outs[0].result(), x, y, positions, gate)
+        assert_merged(outs[1].result(), other_x, other_y, positions, gate)
+
+
 @pytest.mark.parametrize("in_place", [False, True], ids=["streaming", "in place"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_merge_rows_that_begin_anywhere(kernels, seed, dtype, in_place):
@@ -277,6 +294,9 @@ def arguments_of(kernels):
         "modcompile_gather_rows": {
             "x": x, "positions": positions, "index_bytes": 8, "out": y, "batch": 2, "rows": 9, "capacity": 3,
             "row_bytes": 16},
+        "modcompile_merge_row_pairs": {
+            "x": x, "y": y, "other_x": x, "other_y": y, "positions": positions, "index_bytes": 8, "gate": gate,
+            "out": x.clone(), "other_out": x.clone(), "dtype": 0, "batch": 2, "rows": 9, "capacity": 3, "width": 4},
         "modcompile_merge_rows": {
             "x": x, "y": y, "positions": positions, "index_bytes": 8, "gate": gate, "out": x.clone(), "dtype": 0,
             "batch": 2, "rows": 9, "capacity": 3, "width": 4, "workspace": None},
@@ -289,7 +309,7 @@ MAY_BE_NULL = {"valid", "workspace"}
 
 
 @pytest.mark.parametrize("name", ["modcompile_route", "modcompile_route_rows", "modcompile_gather_rows",
-                                  "modcompile_merge_rows"])
+                                  "modcompile_merge_rows", "modcompile_merge_row_pairs"])
 def test_arguments_that_cannot_be_are_refused(kernels, name):
     right = arguments_of(kernels)[name]
 

@@ -145,6 +145,14 @@ def run_merge(session, x, y, positions, gate):
     return run(session("MergeRows", given, (("merged", kind, 3),)), x, y, positions, gate)[0]
 
 
+def run_merge_pairs(session, x, y, positions, gate, other_x, other_y):
+    kind = TYPES[x.dtype]
+    given = (("x", kind, 3), ("y", kind, 3), ("positions", TensorProto.INT64, 2), ("gate", kind, 2),
+             ("other_x", kind, 3), ("other_y", kind, 3))
+    return run(session("MergeRowPairs", given, (("merged", kind, 3), ("other_merged", kind, 3))), x, y, positions, gate,
+               other_x, other_y)
+
+
 def same(actual, expected):
     """Equal bit for bit, any NaN apart."""
     actual, expected = (torch.where(side.isnan(), torch.full_like(side, math.nan), side) for side in (actual, expected))
@@ -230,6 +238,16 @@ def test_merge_rows_rounds_as_the_reference(session, dtype, rows, capacity, widt
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+def test_pairs_are_merged_each_by_itself(session, dtype):
+    generator = torch.Generator().manual_seed(1)
+    x, other_x = (torch.randn(2, 63, 24, generator=generator).to(dtype) for _ in range(2))
+    y, other_y = (torch.randn(2, 5, 24, generator=generator).to(dtype) for _ in range(2))
+    slots = random_positions(generator, 2, 63, 5), torch.randn(2, 5, generator=generator).to(dtype)
+    merged, other_merged = run_merge_pairs(session, x, y, *slots, other_x, other_y)
+    assert same(merged, merge_rows(x, y, *slots)) and same(other_merged, merge_rows(other_x, other_y, *slots))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_merge_rows_at_its_ends_and_on_corners(session, dtype):
     values = torch.tensor(CORNERS).to(dtype)
     pairs = torch.cartesian_prod(values, values)
@@ -269,6 +287,10 @@ def test_a_batch_of_none(session):
      r"gate \[1, 2\], found \[1, 1\]"),
     (lambda s: run_merge(s, torch.zeros(1, 1, 3), torch.zeros(1, 2, 3), torch.tensor([[0, 0]]), torch.ones(1, 2)),
      r"from 1 to 1 positions, found \[1, 2\]"),
+    (lambda s: run_merge_pairs(s, torch.zeros(1, 5, 3), torch.zeros(1, 2, 3), torch.tensor([[0, 1]]), torch.zeros(1, 2),
+                               torch.zeros(1, 5, 4), torch.zeros(1, 2, 3)), r"other_x \[1, 5, 3\], found \[1, 5, 4\]"),
+    (lambda s: run_merge_pairs(s, torch.zeros(1, 5, 3), torch.zeros(1, 2, 3), torch.tensor([[0, 1]]), torch.zeros(1, 2),
+                               torch.zeros(1, 5, 3), torch.zeros(1, 3, 3)), r"other_y \[1, 2, 3\], found \[1, 3, 3\]"),
 ])
 def test_what_an_op_refuses(session, call, message):
     with pytest.raises(Exception, match=message):
@@ -376,6 +398,24 @@ def test_x_stays_where_it_is_used_again(library):
     expected = merge_rows(-case[0], *case[1:])
     merged, again = run(opened, *case)
     assert torch.equal(merged, expected) and torch.equal(again, expected - case[0])
+
+
+@pytest.mark.parametrize("used_again", ["", "x", "other_x"])
+def test_either_of_a_pair_stays_where_it_is_used_again(library, used_again):
+    graph = onnx.parser.parse_graph("""
+        merged (float[1, 9, 4] input, float[1, 2, 4] y, int64[1, 2] positions, float[1, 2] gate)
+            => (float[1, 9, 4] merged, float[1, 9, 4] other_merged, float[1, 9, 4] again)
+        { x = Neg (input) other_x = Abs (input)
+          merged, other_merged = modcompile.MergeRowPairs (x, y, positions, gate, other_x, y)
+          again = Add (%s, merged) }""" % (used_again or "other_merged"))
+    model = helper.make_model(graph, opset_imports=OPSETS, ir_version=10)
+    opened = open_session(model.SerializeToString(), Path(), where=Path("pair"), providers=["CPUExecutionProvider"],
+                          custom_ops=custom_ops.open_library(library.read_bytes(), library))
+    x, *rest = torch.randn(1, 9, 4), torch.randn(1, 2, 4), torch.tensor([[3, 8]]), torch.tensor([[1.0, 0.5]])
+    expected, other = merge_rows(-x, *rest), merge_rows(x.abs(), *rest)
+    merged, other_merged, again = run(opened, x, *rest)
+    assert torch.equal(merged, expected) and torch.equal(other_merged, other)
+    assert torch.equal(again, expected + {"": other, "x": -x, "other_x": x.abs()}[used_again])
 
 
 @pytest.mark.gpu
