@@ -7,7 +7,8 @@
 //                counts as -inf, -0.0 equals 0.0), then the lower position. The K best are given in ascending position.
 //   gather_rows  the chosen rows, packed.
 //   merge_rows   x, with the chosen rows replaced by x + gate * (y - x).
-// The references are modcompile/ops/*.py, and these kernels agree with them bit for bit (the payload of a NaN that a
+// Three more do two of these, or one of these and its neighbour, in one launch: route_rows, gather_norm_rows and
+// merge_row_pairs. The references are modcompile/ops/*.py, and these kernels agree with them bit for bit (the payload of a NaN that a
 // merge computes is the hardware's).
 //
 // Every function only launches: no allocation, no synchronisation, static grid. All can be captured into a CUDA graph.
@@ -88,6 +89,21 @@ MODCOMPILE_API int modcompile_route_rows(const void* x, int dtype, const float* 
 MODCOMPILE_API int modcompile_gather_rows(const void* x, const void* positions, int index_bytes, void* out,
                                           int64_t batch, int64_t rows, int64_t capacity, int64_t row_bytes,
                                           cudaStream_t stream);
+
+// Packs the rows of x at positions, and beside them what a layer norm or an RMS norm makes of each: in float32, rounded
+// once.
+//
+//   x            [B, S, D] of dtype
+//   positions    [B, K], as for modcompile_gather_rows; a row for one that is not in 0..S-1 is zeros, and so its norm
+//   weight       [D] of dtype
+//   bias         [D] of dtype, or null
+//   epsilon      is added to the variance, or to the mean square
+//   centered     1: (x - mean) / sqrt(variance + epsilon) * weight + bias, a layer norm; 0: without the mean, an RMS norm
+//   out, normed  [B, K, D] of dtype, out
+MODCOMPILE_API int modcompile_gather_norm_rows(const void* x, int dtype, const void* positions, int index_bytes,
+                                               const void* weight, const void* bias, float epsilon, int centered,
+                                               void* out, void* normed, int64_t batch, int64_t rows, int64_t capacity,
+                                               int64_t width, cudaStream_t stream);
 
 // Writes x + gate * (y - x) at positions, and every other row of x as it is, bit for bit.
 //

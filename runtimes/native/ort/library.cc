@@ -33,7 +33,7 @@ constexpr ONNXTensorElementDataType kBool = ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL;
 // In a kernel's list of inputs and outputs, the type that the op was made for.
 constexpr ONNXTensorElementDataType kElement = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
 
-// Of the rows that a router reads.
+// Of the rows that a router reads, or a norm.
 constexpr std::array kRoutedTypes = {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
                                      ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16};
 constexpr std::array kGatheredTypes = {
@@ -233,6 +233,54 @@ class GatherRowsKernel {
   int64_t element_bytes_;
 };
 
+// A layer norm takes a bias, an RMS norm none.
+template <typename On, bool kCentered>
+class GatherNormKernel {
+ public:
+  using Device = On;
+  static constexpr const char* kName = kCentered ? "GatherLayerNorm" : "GatherRmsNorm";
+  static constexpr int kHostInput = -1;
+  static constexpr std::array<int, 0> kInPlaceOf = {};
+
+  static std::vector<ONNXTensorElementDataType> inputs() {
+    return kCentered ? std::vector{kElement, kInt64, kElement, kElement} : std::vector{kElement, kInt64, kElement};
+  }
+  static std::vector<ONNXTensorElementDataType> outputs() { return {kElement, kElement}; }
+
+  GatherNormKernel(const OrtKernelInfo* info, ONNXTensorElementDataType element)
+      : epsilon_(Ort::ConstKernelInfo(info).GetAttribute<float>("epsilon")), element_(element) {}
+
+  void compute(const Ort::KernelContext& context) const {
+    const Input x(context.GetInput(0)), positions(context.GetInput(1)), weight(context.GetInput(2));
+    require(x.shape.size() == 3, "x [B, S, D]", x.shape);
+    require(positions.shape.size() == 2 && positions.shape[0] == x.shape[0],
+            "positions [" + std::to_string(x.shape[0]) + ", K]", positions.shape);
+    const int64_t batch = x.shape[0], rows = x.shape[1], width = x.shape[2], capacity = positions.shape[1];
+    require(weight.shape == Shape{width}, "weight " + text_of({width}), weight.shape);
+    const void* bias = nullptr;
+    if constexpr (kCentered) {
+      const Input given(context.GetInput(3));
+      require(given.shape == Shape{width}, "bias " + text_of({width}), given.shape);
+      bias = given.data;
+    }
+    const Shape shape = {batch, capacity, width};
+    void* out = output(context, 0, shape);
+    void* normed = output(context, 1, shape);
+    if (batch * capacity * width == 0) return;
+    Device(context).run(GatherNormRows{x.data, positions.as<int64_t>(), weight.data, bias, epsilon_, kCentered, out,
+                                       normed, element_, batch, rows, capacity, width});
+  }
+
+ private:
+  float epsilon_;
+  ONNXTensorElementDataType element_;
+};
+
+template <typename On>
+using GatherLayerNormKernel = GatherNormKernel<On, true>;
+template <typename On>
+using GatherRmsNormKernel = GatherNormKernel<On, false>;
+
 // The merge of the inputs x, y, positions and gate into the first output.
 MergeRows merge_of(const Ort::KernelContext& context, ONNXTensorElementDataType element) {
   const Input x(context.GetInput(0)), y(context.GetInput(1)), positions(context.GetInput(2)), gate(context.GetInput(3));
@@ -405,6 +453,8 @@ class Library {
     for (const auto type : kRoutedTypes) {
       add<PlainRouteRowsKernel<Device>>(type);
       add<MaskedRouteRowsKernel<Device>>(type);
+      add<GatherLayerNormKernel<Device>>(type);
+      add<GatherRmsNormKernel<Device>>(type);
     }
     for (const auto type : kGatheredTypes) add<GatherRowsKernel<Device>>(type);
     for (const auto type : Device::kMergedTypes) {

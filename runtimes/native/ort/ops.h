@@ -45,6 +45,20 @@ struct GatherRows {
   int64_t batch, rows, capacity, row_bytes;
 };
 
+// The gathered rows and their norm.
+struct GatherNormRows {
+  const void* x;             // [B, S, D]
+  const int64_t* positions;  // [B, K]
+  const void* weight;        // [D]
+  const void* bias;          // [D], or null
+  float epsilon;
+  bool centered;  // a layer norm; otherwise an RMS norm
+  void* out;      // [B, K, D]
+  void* normed;   // [B, K, D]
+  ONNXTensorElementDataType element;
+  int64_t batch, rows, capacity, width;
+};
+
 struct MergeRows {
   const void* x;             // [B, S, D]
   const void* y;             // [B, K, D]
@@ -80,6 +94,7 @@ class Cpu {
   void run(const Route& op) const;
   void run(const RouteRows& op, Kept&) const;
   void run(const GatherRows& op) const;
+  void run(const GatherNormRows& op) const;
   void run(const MergeRows& op) const;
   void run(const MergeRowPairs& op) const;
 };
@@ -114,6 +129,7 @@ class Cuda {
   void run(const Route& op) const;
   void run(const RouteRows& op, Kept& kept) const;
   void run(const GatherRows& op) const;
+  void run(const GatherNormRows& op) const;
   void run(const MergeRows& op) const;
   void run(const MergeRowPairs& op) const;
 

@@ -25,14 +25,12 @@ A norm that is left alone, such as one of gathered rows, becomes a fused one wit
 ONNX Runtime's kernel for the norm alone takes 11 us on an H100, the other 3.
 """
 
-__all__ = ["fuse_norms"]
+__all__ = ["fuse_lone_norms", "fuse_norms"]
 
 import numpy as np
-import onnx
-import onnx.parser
 import onnx_ir as ir
 from modcompile.runtimes.ort.custom_ops import DOMAIN
-from modcompile.runtimes.ort.fuse.constant import add_constant
+from modcompile.runtimes.ort.fuse.edit import add_constant, add_function, take_place
 from onnxscript.rewriter.ort_fusions.skip_normalization import (
     fuse_skip_layer_normalization,
     fuse_skip_rms_normalization,
@@ -44,18 +42,17 @@ _NORMS = ("LayerNormalization", "SimplifiedLayerNormalization")
 # K of S rows at most, above which a norm of its own for them is not worth its launch.
 _MOST_ROWS = 0.5
 
-_PAIRS = """
-<domain: "{domain}", opset_import: ["": {opset}, "{domain}": 1]>
+_PAIRS = f"""
 MergeRowPairs (x, y, positions, gate, other_x, other_y) => (merged, other_merged)
 {{
-    merged = {domain}.MergeRows (x, y, positions, gate)
-    other_merged = {domain}.MergeRows (other_x, other_y, positions, gate)
+    merged = {DOMAIN}.MergeRows (x, y, positions, gate)
+    other_merged = {DOMAIN}.MergeRows (other_x, other_y, positions, gate)
 }}
 """
 
 
 def fuse_norms(model: ir.Model) -> None:
-    """Rewrites a model in place."""
+    """Rewrites the norms of sums in place."""
     for node in list(model.graph):
         if node.domain == "" and node.op_type == "RMSNormalization":
             # ONNX Runtime's own name for it, by which the next rewrites know it.
@@ -63,11 +60,13 @@ def fuse_norms(model: ir.Model) -> None:
         if node.domain == "" and node.op_type in _NORMS:
             _norm_before_merge(model.graph, node)
     if any(node.op_type == "MergeRowPairs" for node in model.graph):
-        text = _PAIRS.format(domain=DOMAIN, opset=model.opset_imports[""])
-        body = ir.serde.deserialize_function(onnx.parser.parse_function(text))
-        model.functions[body.identifier()] = body
+        add_function(model, _PAIRS)
     fuse_skip_layer_normalization(model)
     fuse_skip_rms_normalization(model)
+
+
+def fuse_lone_norms(model: ir.Model) -> None:
+    """Rewrites the norms that are left in place."""
     for node in list(model.graph):
         if node.domain == "" and node.op_type in _NORMS:
             _skip_nothing(model.graph, node)
@@ -107,11 +106,7 @@ def _norm_before_merge(graph: ir.Graph, norm: ir.Node) -> None:
         pair = ir.node("MergeRowPairs", [*merge.inputs, normed_x, normed(y, merge, "rows")], domain=DOMAIN,
                        num_outputs=2, name=f"{merge.name}Pairs")
         graph.insert_before(norm, pair)
-        for old, new in zip((merged, norm.outputs[0]), pair.outputs, strict=True):
-            # One that the graph hands out keeps its name.
-            old.name, new.name = f"{old.name}/unfused", old.name
-            new.shape, new.type = old.shape, old.type
-            old.replace_all_uses_with(new, replace_graph_outputs=True)
+        take_place(pair, (merged, norm.outputs[0]))
         return
     gather = ir.node("GatherRows", [merged, positions], domain=DOMAIN, name=f"{norm.name}/GatherRows")
     normed_rows = normed(added(merge, gather, y), gather, "rows")

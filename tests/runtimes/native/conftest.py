@@ -31,6 +31,9 @@ _SIGNATURES = {
     "modcompile_route_rows": (
         _INT, [_POINTER, _INT] + [_POINTER] * 5 + [_INT, _POINTER] + [_SIZE] * 4 + [_POINTER] * 2),
     "modcompile_gather_rows": (_INT, [_POINTER] * 2 + [_INT, _POINTER] + [_SIZE] * 4 + [_POINTER]),
+    "modcompile_gather_norm_rows": (
+        _INT, [_POINTER, _INT, _POINTER, _INT] + [_POINTER] * 2 + [ctypes.c_float, _INT] + [_POINTER] * 2 + [_SIZE] * 4
+        + [_POINTER]),
     "modcompile_merge_rows": (_INT, [_POINTER] * 3 + [_INT] + [_POINTER] * 2 + [_INT] + [_SIZE] * 4 + [_POINTER] * 2),
     "modcompile_merge_row_pairs": (
         _INT, [_POINTER] * 5 + [_INT] + [_POINTER] * 3 + [_INT] + [_SIZE] * 4 + [_POINTER]),
@@ -79,6 +82,11 @@ class Kernels:
         batch, rows = x.shape[:2]
         self._call("modcompile_gather_rows", x, positions, positions.itemsize, out, batch, rows, positions.shape[1],
                    x[0, 0].numel() * x.itemsize)
+
+    def gather_norm_rows(self, x, positions, weight, bias, epsilon, centered, out, normed):
+        batch, rows, width = x.shape
+        self._call("modcompile_gather_norm_rows", x, DTYPES[x.dtype], positions, positions.itemsize, weight, bias,
+                   epsilon, centered, out, normed, batch, rows, positions.shape[1], width)
 
     def merge_rows(self, x, y, positions, gate, out):
         batch, rows, width = x.shape

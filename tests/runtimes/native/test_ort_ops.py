@@ -82,12 +82,13 @@ def session(request, libraries):
     ops = custom_ops.open_library(custom_ops.read_library(path), path)
     made = {}
 
-    def make(op_type, inputs, outputs, constants=()):
-        key = (op_type, *inputs, *outputs, *constants)
+    def make(op_type, inputs, outputs, constants=(), attributes=()):
+        key = (op_type, *inputs, *outputs, *constants, *attributes)
         if key not in made:
             nodes = [helper.make_node("Constant", [], [name], value_int=value) for name, value in constants]
             names = [*(name for name, *_ in inputs), *(name for name, _ in constants)]
-            nodes.append(helper.make_node(op_type, names, [name for name, *_ in outputs], domain=ONNX_DOMAIN))
+            nodes.append(helper.make_node(op_type, names, [name for name, *_ in outputs], domain=ONNX_DOMAIN,
+                                          **dict(attributes)))
             values = ([helper.make_tensor_value_info(name, dtype, [None] * rank) for name, dtype, rank in specs]
                       for specs in (inputs, outputs))
             model = helper.make_model(helper.make_graph(nodes, op_type, *values), opset_imports=OPSETS, ir_version=10)
@@ -137,6 +138,15 @@ def run_gather(session, x, positions):
     kind = TYPES[x.dtype]
     return run(session("GatherRows", (("x", kind, x.dim()), ("positions", TensorProto.INT64, 2)),
                        (("rows", kind, x.dim()),)), x, positions)[0]
+
+
+def run_gather_norm(session, x, positions, weight, bias, epsilon=1e-5):
+    kind = TYPES[x.dtype]
+    given = [("x", kind, 3), ("positions", TensorProto.INT64, 2), ("weight", kind, 1),
+             *([] if bias is None else [("bias", kind, 1)])]
+    opened = session("GatherRmsNorm" if bias is None else "GatherLayerNorm", tuple(given),
+                     (("rows", kind, 3), ("normed", kind, 3)), attributes=(("epsilon", epsilon),))
+    return run(opened, x, positions, weight, *([] if bias is None else [bias]))
 
 
 def run_merge(session, x, y, positions, gate):
@@ -227,6 +237,21 @@ def test_gather_rows_of_any_dtype(session, dtype, shape):
         assert torch.equal(rows.view(dtype) if dtype == torch.bool else rows, gather_rows(x, positions))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("centered", [True, False])
+def test_gathered_rows_and_their_norm(session, dtype, centered):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(2, 63, 24, generator=generator).to(dtype)
+    weight, bias = (torch.randn(24, generator=generator).to(dtype) for _ in range(2))
+    positions = random_positions(generator, 2, 63, 5)
+    rows, normed = run_gather_norm(session, x, positions, weight, bias if centered else None)
+    assert torch.equal(rows, gather_rows(x, positions))
+    exact, norm = rows.double(), torch.nn.functional
+    expected = norm.layer_norm(exact, [24], weight.double(), bias.double()) if centered else \
+        norm.rms_norm(exact, [24], weight.double(), 1e-5)
+    assert ((normed.double() - expected).abs() <= torch.finfo(dtype).eps * expected.abs() + 2e-6).all()
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("rows", "capacity", "width"), [(1, 1, 1), (63, 5, 33), (63, 1, 8), (63, 63, 8)])
 def test_merge_rows_rounds_as_the_reference(session, dtype, rows, capacity, width):
@@ -281,6 +306,10 @@ def test_a_batch_of_none(session):
      "from 1 to 5 rows, found 6"),
     (lambda s: run_gather(s, torch.zeros(5), torch.tensor([[0]])), r"x \[B, S, ...\], found \[5\]"),
     (lambda s: run_gather(s, torch.zeros(2, 5, 3), torch.tensor([[0]])), r"positions \[2, K\], found \[1, 1\]"),
+    (lambda s: run_gather_norm(s, torch.zeros(1, 5, 3), torch.tensor([[0, 1]]), torch.zeros(4), None),
+     r"weight \[3\], found \[4\]"),
+    (lambda s: run_gather_norm(s, torch.zeros(1, 5, 3), torch.tensor([[0, 1]]), torch.zeros(3), torch.zeros(2)),
+     r"bias \[3\], found \[2\]"),
     (lambda s: run_merge(s, torch.zeros(1, 5, 3), torch.zeros(1, 2, 4), torch.tensor([[0, 1]]), torch.zeros(1, 2)),
      r"y \[1, 2, 3\], found \[1, 2, 4\]"),
     (lambda s: run_merge(s, torch.zeros(1, 5, 3), torch.zeros(1, 2, 3), torch.tensor([[0, 1]]), torch.zeros(1, 1)),
