@@ -7,9 +7,11 @@
 //                counts as -inf, -0.0 equals 0.0), then the lower position. The K best are given in ascending position.
 //   gather_rows  the chosen rows, packed.
 //   merge_rows   x, with the chosen rows replaced by x + gate * (y - x).
-// Three more do two of these, or one of these and its neighbour, in one launch: route_rows, gather_norm_rows and
-// merge_row_pairs. The references are modcompile/ops/*.py, and these kernels agree with them bit for bit (the payload of a NaN that a
+// The references are modcompile/ops/*.py, and these kernels agree with them bit for bit (the payload of a NaN that a
 // merge computes is the hardware's).
+//
+// Three more do two of them, or one and what stands beside it, in one launch: modcompile_route_rows,
+// modcompile_gather_norm_rows and modcompile_merge_row_pairs.
 //
 // Every function only launches: no allocation, no synchronisation, static grid. All can be captured into a CUDA graph.
 // Pointers are device pointers on the current device, aligned to their element (a row of bytes may begin anywhere);
