@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +20,8 @@ from modcompile.shapes import fake_inputs, propagate, propagate_alike, shape_exp
 from modcompile.spec import TensorSpec
 
 __all__ = ["GraphModel", "MoDModel"]
+
+REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
 class GraphModel(nn.Module):
@@ -43,7 +45,7 @@ class GraphModel(nn.Module):
                  passes: list[dict] | None = None):
         super().__init__()
         # One registry for both: the graph's parameters are this module's, under the source's names.
-        for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        for registry in REGISTRIES:
             self.__dict__[registry] = graph_module.__dict__[registry]
         self.__dict__["graph_module"] = graph_module
         self.interface, self.hints, self.passes = interface, hints, passes or []
@@ -182,7 +184,7 @@ class MoDModel(GraphModel):
 
     @property
     def routers(self) -> dict[str, Router]:
-        """The router of each routed block, by the block's path."""
+        """The router of each routed block, by the block's path. Kinds other than linear have other parameters."""
         return {block.path: cast(Router, self.get_submodule(router_path(block.path))) for block in self._routed_blocks}
 
     def _graphs(self) -> list[torch.fx.Graph]:
@@ -192,7 +194,7 @@ class MoDModel(GraphModel):
         """The graph's outputs for its inputs; under ``trace_routing`` also shows each block's choice to the trace."""
         if not self._observers:
             return self.graph_module(*inputs)
-        return _Observed(self.graph_module, self._observers).run(*inputs)
+        return _Observed(self.graph_module, self._observers, list(self.routers)).run(*inputs)
 
     def save_pretrained(self, folder: str | os.PathLike, *, overwrite: bool = False) -> Path:
         """Writes the model into a new folder of safetensors and JSON, which ``modcompile.load`` reads.
@@ -203,6 +205,28 @@ class MoDModel(GraphModel):
         from modcompile.saving import save_model
 
         return save_model(self, folder, overwrite=overwrite)
+
+    def with_capacity(self, ratio: float | Sequence[float]) -> "MoDModel":
+        """This model at other capacities: derived anew from the dense structure, on the same tensors and routers.
+
+        Args:
+            ratio: K/S for all routed blocks, or one for each, as ``MoDConfig.capacity_ratio``.
+
+        Raises:
+            UsageError: A ratio that does not fit.
+        """
+        from modcompile.convert import at_capacity
+
+        return at_capacity(self, ratio)
+
+    def set_capacity(self, ratio: float | Sequence[float]) -> None:
+        """Makes this very object what ``with_capacity`` returns: optimizers and DDP keep what they hold.
+
+        Hooks stay on routers only; what ``torch.compile`` made of the model is compiled again.
+        """
+        made = self.with_capacity(ratio)
+        for name in (*REGISTRIES, "graph_module", "config", "_routed_blocks", "hints", "passes"):
+            self.__dict__[name] = made.__dict__[name]
 
     def variant(self, program: Program, *stages: Pass, routers: bool = False) -> GraphModel:
         """A model on this one's tensors, from a structure and further passes.
@@ -236,11 +260,15 @@ class MoDModel(GraphModel):
 class _Observed(torch.fx.Interpreter):
     """Runs the graph node by node and shows the observers every value that has a role in the routing."""
 
-    def __init__(self, graph_module: torch.fx.GraphModule, observers: list):
+    def __init__(self, graph_module: torch.fx.GraphModule, observers: list, blocks: list[str]):
         super().__init__(graph_module)
-        self.observers = observers
+        self.observers, self.blocks = observers, {router_path(path): path for path in blocks}
 
     def run_node(self, node: torch.fx.Node):
+        if node.target in self.blocks:
+            (seen,), _ = self.fetch_args_kwargs_from_env(node)
+            for observer in self.observers:
+                observer(self.blocks[node.target], "seen", seen)
         value = super().run_node(node)
         if "role" in node.meta:
             for observer in self.observers:
