@@ -1,5 +1,6 @@
 """From a dense model to its Mixture-of-Depths form: capture, find blocks, outline, route."""
 
+import itertools
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -83,7 +84,7 @@ def at_capacity(mod: MoDModel, ratio: float | Sequence[float]) -> MoDModel:
     manager = PassManager(routing_passes(mod, routed, config))
     manager(dense.graph_module)
     routing = {record["name"] for record in manager.ran}
-    before = [record for record in mod.passes if record["name"] not in routing]
+    before = itertools.takewhile(lambda record: record["name"] not in routing, mod.passes)
     made = MoDModel(dense.graph_module, mod.interface, hints, [*before, *manager.ran], config, described,
                     mod.dense_program.copy())
     return made.train(mod.training)

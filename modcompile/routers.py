@@ -45,7 +45,16 @@ class Router(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits, float32 [...], of rows x [..., D]."""
-        return F.linear(x.float(), self.weight.float(), self.bias.float()).squeeze(-1)
+        return linear_in_float32(x, self.weight, self.bias).squeeze(-1)
+
+
+def linear_in_float32(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Of rows [..., D], in float32 under autocast too: a choice of rows compares logits that differ by little."""
+    operands, device = (x.float(), weight.float(), bias.float()), x.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return F.linear(*operands)
+    with torch.autocast(device, enabled=False):
+        return F.linear(*operands)
 
 
 class MlpRouter(Router):
@@ -69,7 +78,7 @@ class MlpRouter(Router):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits, float32 [...], of rows x [..., D]."""
-        return super().forward(F.silu(F.linear(x.float(), self.up_weight.float(), self.up_bias.float())))
+        return super().forward(F.silu(linear_in_float32(x, self.up_weight, self.up_bias)))
 
 
 class DepthStep(nn.Module):

@@ -13,7 +13,7 @@ from modcompile.convert import convert
 from modcompile.engine import build_engine
 from modcompile.errors import UnsupportedGraphError, UsageError
 from modcompile.ops import route
-from modcompile.routers import DepthStep, MlpRouter, NoiseRouter
+from modcompile.routers import DepthStep, MlpRouter, NoiseRouter, Router
 from modcompile.saving import load
 from modcompile.trace import trace_routing
 from modcompile.verify import verify
@@ -49,6 +49,15 @@ def test_mlp_is_its_formula():
         assert router.to(torch.bfloat16)(X.bfloat16()).dtype == torch.float32
     assert {name: tuple(p.shape) for name, p in MlpRouter(8).named_parameters()} == {
         "weight": (1, 2), "bias": (1,), "up_weight": (2, 8), "up_bias": (2,)}
+
+
+@pytest.mark.parametrize("router", [Router(8), MlpRouter(8, 3)], ids=["linear", "mlp"])
+def test_logits_are_float32_under_autocast(router):
+    with torch.no_grad():
+        router.weight.copy_(randn(*router.weight.shape))
+        expected = router(X)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(router(X), expected) and F.linear(X, X[0]).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -64,6 +64,8 @@ def mean_valid(values: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor
     return values.where(mask, 0.0).sum() / mask.sum().clamp(min=1)
 
 
+# It reads the losses: a graph that is compiled ends before it.
+@torch.compiler.disable
 def check_finite(losses: Mapping[str, torch.Tensor], step: int, trace: RoutingTrace | None = None) -> None:
     """Stops a training whose loss is NaN or infinite, before the step is taken.
 

@@ -70,10 +70,16 @@ class WithLoss(nn.Module):
         with trace_routing(self.mod) as trace:
             logits = _logits(self.mod(**inputs))
         losses = {"task": self.task_loss(logits, labels), **self._further(logits, trace, inputs)}
+        loss = torch.stack(list(losses.values())).sum()
+        self._record(losses, trace)
+        return {"loss": loss, "logits": logits}
+
+    # Compiled, it would be compiled again for every step; as it is, what is compiled ends before it.
+    @torch.compiler.disable
+    def _record(self, losses: dict[str, torch.Tensor], trace: RoutingTrace) -> None:
+        self.losses = {name: loss.detach() for name, loss in losses.items()}
         if self.training:
             check_finite(losses, self.step, trace)
-        self.losses = {name: loss.detach() for name, loss in losses.items()}
-        return {"loss": torch.stack(list(losses.values())).sum(), "logits": logits}
 
     def move_teacher(self, device: torch.device | str) -> None:
         """Moves the teacher, which ``.to()`` leaves where it is."""

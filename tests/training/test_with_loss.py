@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 from tiny import Attention, Mlp, Stack, randn, randomise_routers
 from torch import nn
 from torch.nn import functional as F
@@ -112,6 +113,30 @@ def test_outputs_without_logits():
     mod = convert(Two(), {"input_ids": IDS[:2, :5]}, MoDConfig(capacity_ratio=0.25))
     with pytest.raises(UsageError, match="output has no logits"):
         WithLoss(mod)(input_ids=IDS)
+
+
+def test_it_is_compiled_once_and_whole(mod):
+    model = WithLoss(mod.train(), routing_weight=0.1, predictors=Predictors(mod))
+    inputs = {"labels": IDS, "input_ids": IDS, "attention_mask": MASK}
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, backend=counter, dynamic=False)
+    for step in range(3):
+        model.step = step
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = compiled(**inputs)["loss"]
+        loss.backward()
+    # One graph, made once: the step, the trace and what is kept of the losses do not break it, nor make it anew.
+    assert counter.frame_count == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(model(**inputs)["loss"], loss, atol=1e-6)
+    # The losses' products are in half the precision, the logits of routers never.
+    assert not torch.equal(model(**inputs)["loss"], loss)
+    model.step = 5
+    with torch.no_grad():
+        mod.get_parameter("blocks.layers.1.up.weight").fill_(torch.nan)
+    with pytest.raises(ModcompileError) as caught:
+        compiled(**inputs)
+    assert caught.value.details["where"] == "step 5, block blocks.layers.1"
 
 
 # The Trainer
