@@ -1,7 +1,8 @@
-"""A routed model that takes labels and returns its loss: the form in which every trainer takes a model."""
+"""A model that takes labels and returns its loss: the form in which every trainer takes a model."""
 
 __all__ = ["WithLoss", "next_token_loss"]
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from modcompile.config import MoDConfig
 from modcompile.convert import padding_mask
 from modcompile.errors import UsageError
-from modcompile.model import MoDModel
+from modcompile.model import GraphModel, MoDModel
 from modcompile.trace import RoutingTrace, trace_routing
 from modcompile.training.distill import Teacher, hidden_losses, logits_loss
 from modcompile.training.losses import check_finite, routing_losses
@@ -29,7 +31,8 @@ class WithLoss(nn.Module):
     """Calls the model and adds up its losses, in one forward, as DDP needs it.
 
     Args:
-        mod: The routed model. Save it, not this.
+        mod: The routed model; or a dense or pruned one, which then trains under the same losses as the routed one that
+            it is compared with. Save it, not this.
         task_loss: Of the logits and the labels.
         routing_weight: Of the mean over blocks of ``routing_losses``; 0 leaves them out.
         predictors: Their mean loss is added: it trains nothing but them.
@@ -46,8 +49,9 @@ class WithLoss(nn.Module):
     # For the Trainer, which would pass a number of items to any forward that takes keywords.
     accepts_loss_kwargs = False
 
-    def __init__(self, mod: MoDModel, task_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = next_token_loss,
-                 *, routing_weight: float = 0.0, predictors: Predictors | None = None, teacher: Teacher | None = None,
+    def __init__(self, mod: GraphModel,
+                 task_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = next_token_loss, *,
+                 routing_weight: float = 0.0, predictors: Predictors | None = None, teacher: Teacher | None = None,
                  logits_weight: float = 1.0, hidden_weight: float = 0.0, temperature: float = 1.0):
         super().__init__()
         self.mod, self.task_loss, self.predictors = mod, task_loss, predictors
@@ -67,7 +71,8 @@ class WithLoss(nn.Module):
         """
         if labels is None:
             return {"logits": _logits(self.mod(**inputs))}
-        with trace_routing(self.mod) as trace:
+        watched = trace_routing(self.mod) if isinstance(self.mod, MoDModel) else contextlib.nullcontext(RoutingTrace())
+        with watched as trace:
             logits = _logits(self.mod(**inputs))
         losses = {"task": self.task_loss(logits, labels), **self._further(logits, trace, inputs)}
         loss = torch.stack(list(losses.values())).sum()
@@ -111,7 +116,7 @@ class WithLoss(nn.Module):
         return losses
 
     def _valid(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
-        name = padding_mask(self.mod, self.mod.config)
+        name = padding_mask(self.mod, self.mod.config if isinstance(self.mod, MoDModel) else MoDConfig())
         if name is None:
             return None
         mask = inputs[name.removeprefix("~")] != 0

@@ -2,23 +2,20 @@
 
 import pytest
 from tiny import HEADS, WIDTH, Block, Stack, randn, randomise_routers
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from modcompile.config import MoDConfig, capacity
 from modcompile.convert import convert
+from modcompile.training import step_flops
 
 # B batch  S rows  K capacity  D model dim
 
 BATCH, ROWS, LAYERS = 3, 64, 4
 
 
-def step_flops(model):
-    """Of forward and backward, to the parameters and to the input. Attention as products, all of which are counted."""
+def flops_of(model):
+    """Of forward and backward, to the parameters and to the input."""
     x = randn(BATCH, ROWS, WIDTH).requires_grad_()
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(x).square().mean().backward()
-    return counter.get_total_flops()
+    return step_flops(lambda: model(x).square().mean())
 
 
 def block_flops(queries, keys):
@@ -35,8 +32,8 @@ def test_a_step_costs_its_share(attend_to, ratio):
     mod = randomise_routers(convert(model, (randn(2, 5, WIDTH),),
                                     MoDConfig(capacity_ratio=ratio, gate="sigmoid", attend_to=attend_to)))
     k = capacity(ratio, ROWS)
-    assert step_flops(model) == LAYERS * block_flops(ROWS, ROWS)
+    assert flops_of(model) == LAYERS * block_flops(ROWS, ROWS)
     share = 2 * block_flops(ROWS, ROWS) + 2 * block_flops(k, k if attend_to == "chosen" else ROWS)
     # Two routers' products, forward and backward. Nothing of the blocks is left out either.
     overhead = 2 * 3 * 2 * BATCH * ROWS * WIDTH
-    assert share < step_flops(mod) <= share + overhead
+    assert share < flops_of(mod) <= share + overhead
