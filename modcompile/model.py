@@ -199,8 +199,12 @@ class MoDModel(GraphModel):
     def _graph_changed(self) -> None:
         """Makes the graph anew that a trace runs: it also returns the values that have a role in the routing.
 
-        Made beforehand, for a call may be under ``torch.compile``, which cannot look into the making of graphs.
+        Made beforehand, for a call may be under ``torch.compile``, which cannot look into the making of graphs; and only
+        if there is a change, for what was compiled of another one is lost.
         """
+        old = self.__dict__.get("_watched")
+        if old is not None and old._modules is self._modules and self._watched_code == self.graph_module.code:
+            return
         graph, copies = torch.fx.Graph(), dict[torch.fx.Node, torch.fx.Node]()
         outputs = graph.graph_copy(self.program.graph, copies)
         scored = {router_path(path): path for path in self.routers}
@@ -214,7 +218,7 @@ class MoDModel(GraphModel):
         watched = torch.fx.GraphModule(self.graph_module, graph)
         for registry in REGISTRIES:
             watched.__dict__[registry] = self.__dict__[registry]
-        self.__dict__["_watched"], self._roles = watched, list(roles)
+        self.__dict__["_watched"], self._roles, self._watched_code = watched, list(roles), self.graph_module.code
 
     def _graphs(self) -> list[torch.fx.Graph]:
         return [*super()._graphs(), self.dense_program.graph, *self.dense_program.bodies.values()]

@@ -125,6 +125,9 @@ def test_it_is_compiled_once_and_whole(mod):
         with torch.autocast("cpu", torch.bfloat16):
             loss = compiled(**inputs)["loss"]
         loss.backward()
+        # As for an evaluation between steps.
+        mod.eval()
+        mod.train()
     # One graph, made once: the step, the trace and what is kept of the losses do not break it, nor make it anew.
     assert counter.frame_count == 1
     with torch.autocast("cpu", torch.bfloat16):
