@@ -175,8 +175,9 @@ class MoDModel(GraphModel):
         dense_program: The dense model's structure, its blocks outlined; the oracle and the pruned model start from it.
     """
 
-    # Beside the registries too: the graph that a trace runs.
+    # Beside the registries too: the graph that a trace runs, and the code that it was made from.
     _watched: torch.fx.GraphModule
+    _watched_code: str
 
     def __init__(self, graph_module: torch.fx.GraphModule, interface: Interface, hints: dict[str, int],
                  passes: list[dict], config: MoDConfig, routed_blocks: list[RoutedBlock], dense_program: Program):
@@ -199,8 +200,8 @@ class MoDModel(GraphModel):
     def _graph_changed(self) -> None:
         """Makes the graph anew that a trace runs: it also returns the values that have a role in the routing.
 
-        Made beforehand, for a call may be under ``torch.compile``, which cannot look into the making of graphs; and only
-        if there is a change, for what was compiled of another one is lost.
+        Made beforehand, for a call may be under ``torch.compile``, which cannot look into the making of graphs; and
+        only if there is a change, for what was compiled of another one is lost.
         """
         old = self.__dict__.get("_watched")
         if old is not None and old._modules is self._modules and self._watched_code == self.graph_module.code:
