@@ -1,6 +1,10 @@
 """A run that is killed goes on as if it had not been, bit for bit; what is no whole checkpoint is no checkpoint."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -57,6 +61,27 @@ def test_it_goes_on_bit_for_bit(tmp_path):
     resumed = train(tmp_path / "killed", 9)
     assert list(resumed) == [4, 5, 6, 7, 8] and resumed == {step: expected[step] for step in resumed}
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["step-00000006", "step-00000008"]
+
+
+def test_a_killed_process_goes_on_bit_for_bit(tmp_path):
+    """A process that is given no time to clean up: SIGKILL, at whatever it is doing."""
+    folder = tmp_path / "killed"
+    program = f"import sys; sys.path[:0] = {sys.path!r}; from training.test_checkpoint import train; " \
+              f"train({str(folder)!r}, 10**6, every=1)"
+    child = subprocess.Popen([sys.executable, "-c", program])
+    try:
+        end = time.monotonic() + 120
+        while latest_checkpoint(folder) is None or latest_checkpoint(folder).name < "step-00000004":
+            assert child.poll() is None and time.monotonic() < end, "the process trains no more"
+            time.sleep(0.01)
+    finally:
+        child.kill()
+        child.wait()
+    assert child.returncode == -signal.SIGKILL
+    taken = int(latest_checkpoint(folder).name.removeprefix("step-"))
+    resumed = train(folder, taken + 3)
+    expected = train(tmp_path / "whole", taken + 3)
+    assert resumed == {step: expected[step] for step in range(taken, taken + 3)}
 
 
 def test_killed_while_writing(tmp_path, monkeypatch):
