@@ -103,7 +103,7 @@ def routing_passes(source: GraphModel, routed: list[str], config: MoDConfig) -> 
             AttendToAll(paths),
         ] if split else []),
         RouteBlocks(paths, ratios, config.gate, config.axis, padding_mask(source, config),
-                    depth=config.router == "depth"),
+                    seen=config.router if config.router in ("depth", "attention") else "hidden"),
         # Last: it needs the capacities that routing computes.
         RoundCapacity(config.capacity_multiple),
     ]

@@ -81,7 +81,7 @@ class RoutedBlock(_Record):
     multiple: Annotated[int, Field(ge=1)] = 1
     attend_to: Literal["chosen", "all"]
     gate: Literal["raw", "sigmoid", "tanh", "straight-through", "scale"]
-    router: Literal["linear", "mlp", "depth", "noise"] = "linear"
+    router: Literal["linear", "mlp", "depth", "attention", "noise"] = "linear"
     axis: Literal["token", "sequence"] = "token"
     rows: Dim
     capacity: Annotated[int, Field(ge=1)] | None = None

@@ -5,10 +5,8 @@
 3. ``depth``: one network, an ``mlp`` on the first routed block's input, predicts how deep an input has to go; every
    further block adds an offset of its own to that prediction. The deepest K inputs enter a block, so a block of a
    smaller capacity takes some of those that an earlier one took.
-4. ``noise``: top-k of Gaussian noise, the control that a router which has learned something must beat.
-
-Routing by the attention that a row received in the block before (A-MoD) is not here: a block's sub-graph has one
-output, its hidden state, and attention runs in a kernel that never writes the scores.
+4. ``attention``: no parameters; the attention that a row received in the block before says what it is worth.
+5. ``noise``: top-k of Gaussian noise, the control that a router which has learned something must beat.
 """
 
 import torch
@@ -17,7 +15,7 @@ from torch.nn import functional as F
 
 from modcompile.config import MoDConfig
 
-__all__ = ["DepthStep", "MlpRouter", "NoiseRouter", "Router", "make_router", "router_path"]
+__all__ = ["AttentionRouter", "DepthStep", "MlpRouter", "NoiseRouter", "Router", "make_router", "router_path"]
 
 # B batch  S rows  D model dim  R hidden width of the router
 
@@ -93,6 +91,14 @@ class DepthStep(nn.Module):
         return depth + self.bias.float()
 
 
+class AttentionRouter(nn.Module):
+    """Hands on the attention that was received. Nothing here learns, and nothing learns through it."""
+
+    def forward(self, received: torch.Tensor) -> torch.Tensor:
+        """Logits, float32 [B, S], of the attention received [B, S]."""
+        return received.detach().float()
+
+
 class NoiseRouter(nn.Module):
     """Gaussian noise in the place of logits, new at every call and in every mode.
 
@@ -116,6 +122,8 @@ def make_router(config: MoDConfig, width: int, first: bool, device: torch.device
     router: nn.Module
     if config.router == "noise":
         router = NoiseRouter()
+    elif config.router == "attention":
+        router = AttentionRouter()
     elif config.router == "depth" and not first:
         router = DepthStep(device)
     elif config.router in ("mlp", "depth"):

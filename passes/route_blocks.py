@@ -19,6 +19,7 @@ among the chosen rows stays causal, and what was computed from positions stays t
    around a framework's layers do, and is here to be compared with.
 5. Depth, on the sequence axis: the first block's router predicts a depth from its input, and the further blocks' take
    that prediction in the place of a hidden state.
+6. Attention: what rows received in the block before takes the place of a hidden state.
 """
 
 import dataclasses
@@ -33,6 +34,7 @@ from modcompile.config import capacity
 from modcompile.errors import PassContractError
 from modcompile.interface import graph_name
 from modcompile.pass_manager import Pass, PassResult
+from modcompile.received import received_attention
 from modcompile.routers import router_path
 from modcompile.shapes import shape_exprs, size_value
 
@@ -52,7 +54,7 @@ class RouteBlocks(Pass):
         axis: token or sequence.
         padding_mask: The input that is nonzero at valid tokens, or with a leading "~" at padding; None: all are valid.
         masked: Case 4, on the token axis.
-        depth: Case 5.
+        seen: What the routers see: "hidden", the block's hidden state, "depth" (case 5), or "attention" (case 6).
     """
 
     name: ClassVar[str] = "route-blocks"
@@ -62,7 +64,7 @@ class RouteBlocks(Pass):
     axis: Literal["token", "sequence"] = "token"
     padding_mask: str | None = None
     masked: bool = False
-    depth: bool = False
+    seen: Literal["hidden", "depth", "attention"] = "hidden"
 
     def requires(self, graph_module: torch.fx.GraphModule) -> None:
         """Each block is a sub-graph that is called once."""
@@ -75,7 +77,7 @@ class RouteBlocks(Pass):
         pending = [(path, Fraction(ratio)) for path, ratio in zip(self.blocks, self.ratios, strict=True)
                    if router_path(path) not in calls]
         for path, ratio in pending:
-            self._route(graph, calls[path], graph_module.get_submodule(path), ratio)
+            self._route(graph_module, calls[path], ratio)
         return PassResult(graph_module, bool(pending))
 
     def ensures(self, graph_module: torch.fx.GraphModule) -> None:
@@ -85,15 +87,17 @@ class RouteBlocks(Pass):
             raise PassContractError("a routed block is not merged", expected="one merge_rows per block",
                                     where=self.name, found=f"{merges} for {len(self.blocks)} blocks")
 
-    def _route(self, graph: torch.fx.Graph, call: torch.fx.Node, body: torch.fx.GraphModule, ratio: Fraction) -> None:
-        users = list(call.users)
+    def _route(self, graph_module: torch.fx.GraphModule, call: torch.fx.Node, ratio: Fraction) -> None:
+        graph, body, users = graph_module.graph, graph_module.get_submodule(call.target), list(call.users)
         hidden, *sides = call.args
         tokens = self.axis == "token"
         dims = side_dims(body)
         with graph.inserting_before(call):
-            valid = self._valid(graph, hidden)
+            valid = self._valid(graph)
             if tokens:
-                logits = graph.call_module(router_path(call.target), (hidden,))
+                seen = received_attention(graph_module, call.target, hidden, valid) if self.seen == "attention" else \
+                    hidden
+                logits = graph.call_module(router_path(call.target), (seen,))
             else:
                 depth = self._predicted_depth(graph)
                 seen = _mean_row(graph, hidden, valid) if depth is None else depth
@@ -133,7 +137,8 @@ class RouteBlocks(Pass):
                            ("output", merged)):
             node.meta["role"] = (call.target, role)
 
-    def _valid(self, graph: torch.fx.Graph, hidden: torch.fx.Node) -> torch.fx.Node | None:
+    def _valid(self, graph: torch.fx.Graph) -> torch.fx.Node | None:
+        """Which rows are valid, bool [B, S]; None: all are."""
         if self.padding_mask is None:
             return None
         name = graph_name(self.padding_mask.removeprefix("~"))
@@ -153,7 +158,7 @@ class RouteBlocks(Pass):
         """Case 5: what the first block's router gave, if it is called already."""
         first = router_path(self.blocks[0])
         return next((n for n in graph.nodes if n.op == "call_module" and n.target == first), None) \
-            if self.depth else None
+            if self.seen == "depth" else None
 
     def _gate(self, graph: torch.fx.Graph, block: str, logits, positions, filled) -> torch.fx.Node:
         """The chosen rows' weights, float32 [B, K]."""

@@ -25,6 +25,7 @@ KINDS = {
     "mlp": {"router": "mlp", "router_hidden": 3, "attend_to": "all"},
     "scale": {"gate": "scale"},
     "depth": {"router": "depth", "axis": "sequence", "gate": "sigmoid"},
+    "attention": {"router": "attention", "gate": "scale", "blocks": [1]},
 }
 
 
@@ -63,8 +64,9 @@ def test_logits_are_float32_under_autocast(router):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_new_model_at_full_capacity_is_the_dense_one(kind):
     model = Stack(Block(causal=True), Block(causal=True), Block())
-    gate = "scale" if "scale" in kind else "raw"
-    mod = convert(model, (randn(2, 5, 8),), MoDConfig(blocks="all", capacity_ratio=1, **{**KINDS[kind], "gate": gate}))
+    gate = "raw" if kind in ("mlp", "depth") else "scale"
+    config = MoDConfig(**{"blocks": "all", "capacity_ratio": 1, **KINDS[kind], "gate": gate})
+    mod = convert(model, (randn(2, 5, 8),), config)
     with torch.no_grad():
         assert deviation(mod(X), model(X)) <= TOLERANCES["eager"][torch.float32]
 
@@ -82,12 +84,13 @@ def test_what_is_saved_and_copied_is_what_was(kind, tmp_path):
     assert {block.router for block in loaded.routed_blocks} == {mod.config.router}
 
 
-@pytest.mark.parametrize("kind", ["mlp", pytest.param("scale", marks=pytest.mark.long), "depth"])
+@pytest.mark.parametrize("kind", ["attention", *(pytest.param(kind, marks=pytest.mark.long)
+                                                 for kind in ("mlp", "scale", "depth"))])
 def test_an_engine_is_the_model(kind, tmp_path):
-    mod = made(kind, blocks=[1, 2])
+    mod = made(kind)
     engine = build_engine(mod, tmp_path / "engine", runtime="ort")
     verify(mod, engine, {"hidden": X})
-    assert [block.router for block in engine.manifest.routed_blocks] == [mod.config.router] * 2
+    assert {block.router for block in engine.manifest.routed_blocks} == {mod.config.router}
     engine.close()
 
 
@@ -161,7 +164,9 @@ def test_noise_is_new_at_every_call_and_follows_the_seed(tmp_path):
     ({"router": "depth"}, "a depth is predicted for a whole input"),
     ({"router_hidden": 4}, "this router has no hidden layer"),
     ({"router": "noise", "router_hidden": 4}, "this router has no hidden layer"),
-    ({"router": "attention"}, "router does not fit"),
+    ({"router": "attention"}, "attention says which tokens to take"),
+    ({"router": "attention", "gate": "scale", "axis": "sequence"}, "attention says which tokens to take"),
+    ({"router": "attend"}, "router does not fit"),
     ({"router": "mlp", "router_hidden": 0}, "router_hidden does not fit"),
 ])
 def test_options_that_do_not_fit(options, match):

@@ -57,9 +57,9 @@ CapacityRatio = Annotated[str | None, typer.Option(
 CapacityMultiple = Annotated[int | None, typer.Option(help="Round K up to a multiple of this; 1 by default.")]
 Gate = Annotated[Literal["raw", "sigmoid", "tanh", "straight-through", "scale"] | None, typer.Option(
     help="The weight of a chosen row's update; raw by default.")]
-Router = Annotated[Literal["linear", "mlp", "depth", "noise"] | None, typer.Option(
-    help="What scores the rows; linear by default. depth goes with --axis sequence; noise is a control, of which no "
-    "engine can be made.")]
+Router = Annotated[Literal["linear", "mlp", "depth", "attention", "noise"] | None, typer.Option(
+    help="What scores the rows; linear by default. depth goes with --axis sequence, attention with --gate "
+    "straight-through or scale; noise is a control, of which no engine can be made.")]
 RouterHidden = Annotated[int | None, typer.Option(
     help="The width of the hidden layer of mlp and depth; by default a quarter of the hidden state's.")]
 AttendTo = Annotated[Literal["chosen", "all"] | None, typer.Option(

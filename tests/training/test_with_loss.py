@@ -254,11 +254,12 @@ def test_two_processes_are_one_with_both_shares(tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("command", [
     ["train_decoder.py"], ["train_trainer.py"], ["train_accelerate.py"],
-    ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "train_accelerate.py"],
+    ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train_accelerate.py"],
 ], ids=["decoder", "trainer", "accelerate", "accelerate-2"])
 def test_an_example_runs(command, tmp_path):
     *first, script = command
     done = subprocess.run([sys.executable, *first, EXAMPLES / script, "--tiny"], check=True, timeout=400,
-                          capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          capture_output=True, text=True, cwd=tmp_path,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
     if first:
         assert "of 2 processes" in done.stdout
