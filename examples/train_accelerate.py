@@ -1,6 +1,7 @@
 """Trains a routed decoder with accelerate, in one process or several.
 
-    accelerate launch --num_processes 2 examples/train_accelerate.py     with accelerate's own options
+    accelerate launch --num_processes 2 examples/train_accelerate.py     on two GPUs, with accelerate's own options
+    ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 examples/train_accelerate.py --tiny        without GPUs
     python examples/train_accelerate.py --tiny                           one process, a few seconds
 
 The loop is the one of any module. What a routed model adds, its router's loss, is computed in the forward of

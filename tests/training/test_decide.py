@@ -123,15 +123,23 @@ def test_it_is_the_models_tensors_and_can_be_undone():
     assert [record["name"] for record in causal.with_capacity(0.3).passes] == [r["name"] for r in mod.passes]
 
 
-def test_it_is_saved_and_becomes_an_engine(tmp_path):
+def test_it_is_saved_with_its_predictors(tmp_path):
     _, mod = converted("chosen", blocks=[1])
     causal = causal_model(mod, predictors_of(mod))
     causal.save_pretrained(tmp_path / "model")
     loaded = load(tmp_path / "model")
-    assert torch.equal(loaded(X), causal(X))
-    engine = build_engine(loaded, tmp_path / "engine", runtime="ort")
-    verify(loaded, engine, {"hidden": X})
-    engine.close()
+    assert torch.equal(loaded(X), causal(X)) and loaded.passes == causal.passes
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("attend_to", ["chosen", "all"])
+def test_it_becomes_an_engine(attend_to, tmp_path):
+    _, mod = converted(attend_to, blocks=[1])
+    for ratio in (1.0, 0.3):
+        causal = causal_model(mod, predictors_of(mod), capacity_ratio=ratio)
+        engine = build_engine(causal, tmp_path / f"engine-{ratio}", runtime="ort")
+        verify(causal, engine, {"hidden": X})
+        engine.close()
 
 
 def test_what_cannot_decide():

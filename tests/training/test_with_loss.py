@@ -212,14 +212,21 @@ torch.manual_seed(0)
 mod = randomise_routers(mc.convert(Words(), {{"input_ids": IDS[:2, :5], "attention_mask": MASK[:2, :5]}},
                                    mc.MoDConfig(capacity_ratio=0.25, gate="sigmoid")))
 model = WithLoss(mod.train(), routing_weight=0.1, predictors=Predictors(mod))
-model = torch.nn.parallel.DistributedDataParallel(model)
+if {sharded!r}:
+    from torch.distributed.fsdp import fully_shard
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    for path in ["blocks.layers.0", "blocks.layers.1"]:
+        fully_shard(model.mod.get_submodule(path), mesh=mesh)
+    fully_shard(model, mesh=mesh)
+else:
+    model = torch.nn.parallel.DistributedDataParallel(model)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 for step in range(2):
     share = slice(2 * rank, 2 * rank + 2)
     optimizer.zero_grad()
     model(labels=IDS[share], input_ids=IDS[share], attention_mask=MASK[share])["loss"].backward()
     optimizer.step()
-flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+flat = torch.cat([(p.full_tensor() if {sharded!r} else p).detach().flatten() for p in model.parameters()])
 all_of = [torch.empty_like(flat) for _ in range(2)]
 dist.all_gather(all_of, flat)
 assert torch.equal(*all_of), "the ranks' parameters differ"
@@ -230,10 +237,11 @@ dist.destroy_process_group()
 
 
 @pytest.mark.long
-def test_two_processes_are_one_with_both_shares(tmp_path):
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
+def test_two_processes_are_one_with_both_shares(sharded, tmp_path):
     out = tmp_path / "parameters.pt"
     script = tmp_path / "ranks.py"
-    script.write_text(RANKS.format(tests=str(Path(__file__).parents[1]), out=str(out)))
+    script.write_text(RANKS.format(tests=str(Path(__file__).parents[1]), out=str(out), sharded=sharded))
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script],
                    check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     torch.manual_seed(0)
