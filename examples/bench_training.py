@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--attend-to", choices=("chosen", "all"), default="chosen")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="by default, but for --tiny")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     shape = {"width": 32, "layers": 2, "heads": 2, "length": 64, "vocabulary": 64, "warmup": 1} if options.tiny else \
@@ -131,7 +132,8 @@ def main() -> None:
     vars(options).update(shape)
     if options.tiny:
         options.batch, options.rounds = 2, 2
-    options.compile = not options.tiny
+    if options.compile is None:
+        options.compile = not options.tiny
     path = Path(options.output or Path(tempfile.mkdtemp()) / "bench-training.json")
 
     where = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()

@@ -36,6 +36,7 @@ import statistics
 import sysconfig
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -174,10 +175,14 @@ def initialise(subject: Subject, options: argparse.Namespace, vocabulary: int, s
 def train(subject: Subject, step_model, tokens: torch.Tensor, steps: int, seed: int, folder: Path,
           options: argparse.Namespace, deadline: float) -> dict[str, float] | None:
     """Trains from where the folder's checkpoints end; None if the time is up before it is done."""
-    decayed = [p for p in subject.model.parameters() if p.dim() > 1]
-    others = [p for p in subject.model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-                                  lr=options.learning_rate, betas=(0.9, 0.95), fused=options.device == "cuda")
+    # Predictors see a hidden state that moves, and are small enough to follow it.
+    beside = list(subject.model.predictors.parameters()) if subject.model.predictors is not None else []
+    own = list(subject.mod.parameters())
+    optimizer = torch.optim.AdamW([
+        {"params": [p for p in own if p.dim() > 1], "weight_decay": 0.1, "times": 1.0},
+        {"params": [p for p in own if p.dim() < 2], "weight_decay": 0.0, "times": 1.0},
+        *([{"params": beside, "weight_decay": 0.0, "times": options.predictor_rate}] if beside else []),
+    ], lr=options.learning_rate, betas=(0.9, 0.95), fused=options.device == "cuda")
     objects = {"model": subject.model, "optimizer": optimizer}
     times: list[float] = []
     columns = torch.arange(options.length, device=options.device)
@@ -191,7 +196,7 @@ def train(subject: Subject, step_model, tokens: torch.Tensor, steps: int, seed: 
         began = time.perf_counter()
         rate = min(1.0, (step + 1) / warmup) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
-            group["lr"] = options.learning_rate * rate
+            group["lr"] = options.learning_rate * rate * group["times"]
         # The rows of a step, whatever the model, and whether it was interrupted.
         generator = torch.Generator().manual_seed(1_000_003 * seed + step)
         first = torch.randint(len(tokens) - options.length, (options.batch, 1), generator=generator)
@@ -209,24 +214,25 @@ def train(subject: Subject, step_model, tokens: torch.Tensor, steps: int, seed: 
 
 
 @torch.no_grad()
-def held_out(model: GraphModel, rows: torch.Tensor, options: argparse.Namespace) -> tuple[float, list[RoutingTrace]]:
-    """The loss, in nats a token, and the trace of all rows."""
-    total, traces = 0.0, []
+def held_out(model: GraphModel, rows: torch.Tensor, options: argparse.Namespace,
+             watch: Callable[[RoutingTrace], None] = lambda trace: None) -> float:
+    """The loss of rows [rows, S], in nats a token; every batch's trace is shown to ``watch``."""
+    total = 0.0
     for ids in rows.split(options.batch):
         with torch.autocast(options.device, torch.bfloat16, enabled=options.bf16):
             if isinstance(model, MoDModel):
                 with trace_routing(model) as trace:
                     logits = model(input_ids=ids).logits
-                traces.append(trace)
+                watch(trace)
             else:
                 logits = model(input_ids=ids).logits
         total += len(ids) * next_token_loss(logits, ids).item()
-    return total / len(rows), traces
+    return total / len(rows)
 
 
-def mean_over_blocks(values: list[dict[str, torch.Tensor]]) -> float:
-    """Of what is known of each block in each batch."""
-    return torch.stack([torch.stack(list(one.values())).mean() for one in values]).mean().item()
+def mean_over_blocks(values: dict[str, torch.Tensor]) -> float:
+    """Of what is known of each block."""
+    return torch.stack(list(values.values())).mean().item()
 
 
 @torch.no_grad()
@@ -235,30 +241,43 @@ def evaluate(subject: Subject, tokens: torch.Tensor, held: torch.Tensor, options
     mod, predictors = subject.mod.eval(), subject.model.predictors
     rows = held[:len(held) // options.length * options.length].view(-1, options.length)
     rows = rows[:options.held_out_rows].to(options.device)
-    loss, traces = held_out(mod, rows, options)
-    result: dict = {"loss": loss, "held_out_tokens": rows.numel()}
-    if predictors is not None:
+    result: dict = {"held_out_tokens": rows.numel()}
+    if predictors is None:
+        result["loss"] = held_out(mod, rows, options)
+    else:
         assert isinstance(mod, MoDModel)
-        result["accuracy"] = {"sign": mean_over_blocks([routing_accuracy(trace) for trace in traces]),
-                              "predictor": mean_over_blocks([predictors.accuracy(trace) for trace in traces])}
         thresholds = QuantileThresholds(mod, decay=0.9)
-        some = tokens[:options.batch * options.length * 32].view(-1, options.length)
-        for trace in held_out(mod, some, options)[1]:
-            thresholds.update(trace)
+        some = tokens[:options.batch * options.length * 32]
+        held_out(mod, some[:len(some) // options.length * options.length].view(-1, options.length), options,
+                 thresholds.update)
+        known: dict[str, list[float]] = {"sign": [], "predictor": [], "threshold": []}
+
+        def compare(trace: RoutingTrace) -> None:
+            known["sign"].append(mean_over_blocks(routing_accuracy(trace)))
+            known["predictor"].append(mean_over_blocks(predictors.accuracy(trace)))
+            known["threshold"].append(mean_over_blocks({
+                path: (decided == trace[path].taken()).float().mean()
+                for path, decided in thresholds.decide(trace).items()}))
+
+        result["loss"] = held_out(mod, rows, options, compare)
         result["causal"] = {}
         for kind, by in (("sign", None), ("predictor", predictors), ("threshold", thresholds)):
-            loss, traces = held_out(causal_model(mod, by), rows, options)
-            share = mean_over_blocks([{path: block.taken().float().mean() for path, block in trace.items()}
-                                      for trace in traces])
-            result["causal"][kind] = {"loss": loss, "rows_that_enter": share}
+            entered: list[float] = []
+
+            def count(trace: RoutingTrace, entered=entered) -> None:
+                entered.append(mean_over_blocks({path: block.taken().float().mean() for path, block in trace.items()}))
+
+            loss = held_out(causal_model(mod, by), rows, options, count)
+            result["causal"][kind] = {"loss": loss, "accuracy": statistics.fmean(known[kind]),
+                                      "rows_that_enter": statistics.fmean(entered)}
     mod.train()
     return result
 
 
 def table(cells: list[dict]) -> str:
-    """One line for each model and budget, means over the seeds."""
-    lines = [f"{'FLOPs':>9} {'model':<6} {'blocks':>6} {'forward':>8} {'Mtokens':>8} {'loss':>7} {'+-':>6} "
-             f"{'sign':>7} {'predict':>7} {'thresh':>7} {'acc':>6} {'step ms':>8} {'TFLOP/s':>8}"]
+    """A line for each model and budget, means over the seeds, and one for each causal decision below it."""
+    lines = [f"{'FLOPs':>9} {'model':<12} {'blocks':>6} {'forward':>8} {'Mtokens':>8} {'loss':>7} {'+-':>6} "
+             f"{'step ms':>8} {'TFLOP/s':>8}"]
     groups: dict[tuple, list[dict]] = {}
     for cell in cells:
         groups.setdefault((cell["budget"], cell["model"]), []).append(cell)
@@ -267,13 +286,14 @@ def table(cells: list[dict]) -> str:
             return statistics.fmean(read(cell) for cell in group)
 
         losses = [cell["loss"] for cell in group]
-        causal = [f"{mean(lambda cell, kind=kind: cell['causal'][kind]['loss']):7.4f}" if "causal" in group[0] else
-                  f"{'':>7}" for kind in ("sign", "predictor", "threshold")]
-        accuracy = f"{mean(lambda cell: cell['accuracy']['predictor']):6.1%}" if "accuracy" in group[0] else f"{'':>6}"
-        lines.append(f"{budget:9.2e} {name:<6} {group[0]['layers']:6d} {group[0]['forward_share']:8.3f} "
+        lines.append(f"{budget:9.2e} {name:<12} {group[0]['layers']:6d} {group[0]['forward_share']:8.3f} "
                      f"{group[0]['tokens'] / 1e6:8.2f} {mean(lambda cell: cell['loss']):7.4f} "
-                     f"{(max(losses) - min(losses)) / 2:6.4f} {' '.join(causal)} {accuracy} "
-                     f"{mean(lambda cell: cell['step_ms']):8.2f} {mean(lambda cell: cell['tflops_per_s']):8.1f}")
+                     f"{(max(losses) - min(losses)) / 2:6.4f} {mean(lambda cell: cell['step_ms']):8.2f} "
+                     f"{mean(lambda cell: cell['tflops_per_s']):8.1f}")
+        for kind in group[0].get("causal", ()):
+            loss, accuracy, share = (mean(lambda cell, kind=kind, key=key: cell["causal"][kind][key])
+                                     for key in ("loss", "accuracy", "rows_that_enter"))
+            lines.append(f"{'':>9} - {kind:<32} {loss:7.4f}   as top-k for {accuracy:.1%}, {share:.1%} enter")
     return "\n".join(lines)
 
 
@@ -293,22 +313,24 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--length", type=int)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--predictor-rate", type=float, default=3.0, help="of the learning rate, for predictors")
     parser.add_argument("--gate", default="raw", choices=("raw", "sigmoid", "tanh", "straight-through"))
     parser.add_argument("--routing-weight", type=float, default=0.01, help="of the router's own loss")
     parser.add_argument("--held-out-rows", type=int, default=512)
     parser.add_argument("--save-every-s", type=float, default=60.0)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop then, to go on at the next start")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--no-compile", action="store_true", help="without torch.compile, as --tiny and on a CPU")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="by default on a GPU, but for --tiny")
     options = parser.parse_args(arguments)
-    sizes = {"seeds": [0], "width": 32, "layers": 4, "heads": 2, "length": 32, "batch": 4} if options.tiny else {
+    sizes = {"seeds": [0], "width": 32, "layers": 2, "heads": 2, "length": 32, "batch": 4} if options.tiny else {
         "seeds": [0, 1], "width": 512, "layers": 10, "heads": 8, "length": 512, "batch": 64,
         "budgets": [2.5e15, 7.5e15], "output": "scaling-out"}
     for name, value in sizes.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     options.bf16 = options.device == "cuda"
-    options.compile = options.device == "cuda" and not (options.no_compile or options.tiny)
+    if options.compile is None:
+        options.compile = options.device == "cuda" and not options.tiny
     options.limit_files = None
     if options.tiny:
         options.held_out_rows, options.limit_files = 16, HELD_OUT
