@@ -70,6 +70,7 @@ class RoutedBlock(_Record):
         multiple: K is rounded up to a multiple of this, never above the number of rows.
         attend_to: What a chosen row attends to: "chosen" rows, or "all".
         gate: The weight of a chosen row's update.
+        router: What scores the rows.
         axis: What is routed: "token" (rows of a sequence) or "sequence" (sequences of a batch).
         rows: S, the size of the routed axis: a number, or a symbol where it varies.
         capacity: K where ``rows`` is a number, else None.
@@ -79,7 +80,8 @@ class RoutedBlock(_Record):
     capacity_ratio: Annotated[str, Field(pattern=r"^[1-9]\d{0,3}/[1-9]\d{0,3}$")]
     multiple: Annotated[int, Field(ge=1)] = 1
     attend_to: Literal["chosen", "all"]
-    gate: Literal["raw", "sigmoid", "tanh", "straight-through"]
+    gate: Literal["raw", "sigmoid", "tanh", "straight-through", "scale"]
+    router: Literal["linear", "mlp", "depth", "attention", "noise"] = "linear"
     axis: Literal["token", "sequence"] = "token"
     rows: Dim
     capacity: Annotated[int, Field(ge=1)] | None = None
@@ -102,6 +104,12 @@ class RoutedBlock(_Record):
             8
         """
         return capacity(Fraction(self.capacity_ratio), rows, self.multiple)
+
+    def with_ratio(self, ratio: Fraction) -> "RoutedBlock":
+        """This block at another K/S."""
+        fields = self.model_dump(exclude={"capacity_ratio", "capacity"})
+        count = capacity(ratio, self.rows, self.multiple) if isinstance(self.rows, int) else None
+        return RoutedBlock(**fields, capacity_ratio=f"{ratio.numerator}/{ratio.denominator}", capacity=count)
 
     def at(self, sizes: Mapping[str, int]) -> "RoutedBlock":
         """This block in an engine whose symbols have these sizes; symbols that are not named stay symbols."""
