@@ -15,8 +15,8 @@ namespace modcompile {
 class Runner {
  public:
   virtual ~Runner() = default;
-  // Inputs in the engine's order; for each output a buffer or null. Fills shape and data of the outputs.
-  // Throws what the back end throws.
+  // Inputs in the engine's order; for each output a buffer or null. Fills shape, data and memory of the outputs.
+  // Throws what the back end throws. For a CUDA graph, memory is the same in every call.
   virtual void run(const std::vector<const Input*>& inputs, const std::vector<const Buffer*>& buffers,
                    std::vector<Output>& outputs) = 0;
 };
@@ -27,11 +27,24 @@ class Backend {
   virtual ~Backend() = default;
   // In messages, as "ONNX Runtime".
   virtual const char* name() const = 0;
-  virtual std::unique_ptr<Runner> make_runner() const = 0;
+  // Whether it takes device memory.
+  virtual bool on_gpu() const = 0;
+  // stream: The caller's, or null.
+  virtual std::unique_ptr<Runner> make_runner(void* stream) const = 0;
 };
 
-// Opens an engine whose files were verified just now.
-std::unique_ptr<Backend> load_ort(const std::string& folder, const Manifest& manifest, const LoadOptions& options);
+// Opens an engine whose files were verified just now. The manifest stays where it is as long as the engine.
+using Load = std::unique_ptr<Backend>(const std::string& folder, const Manifest& manifest, const LoadOptions& options);
+Load load_aoti, load_ort, load_trt;
+
+// Throws for a stream, a GPU's number or a CUDA graph where an engine runs on the CPU.
+void refuse_gpu_options(const LoadOptions& options, const std::string& found);
+
+inline size_t bytes_of(DType dtype, const std::vector<int64_t>& shape) {
+  size_t bytes = size_of(dtype);
+  for (const int64_t size : shape) bytes *= static_cast<size_t>(size);
+  return bytes;
+}
 
 // What to do where memory ran out, and whether an error says that it did.
 inline constexpr const char* kMoreMemory =

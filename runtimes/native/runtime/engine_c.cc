@@ -24,7 +24,8 @@ struct modcompile_engine {
     for (const mc::TensorSpec& spec : specs) {
       std::vector<int64_t>& shape = *shapes_.emplace_back(std::make_unique<std::vector<int64_t>>());
       for (const mc::Dim& dim : spec.shape) shape.push_back(dim.symbol.empty() ? dim.size : -1);
-      tensors.push_back({spec.name.c_str(), static_cast<int32_t>(spec.dtype), shape.size(), shape.data(), nullptr});
+      tensors.push_back({spec.name.c_str(), static_cast<int32_t>(spec.dtype), shape.size(), shape.data(), nullptr,
+                         MODCOMPILE_HOST});
     }
   }
 
@@ -41,6 +42,7 @@ namespace {
 
 static_assert(static_cast<int>(mc::DType::kBool) == MODCOMPILE_BOOL);
 static_assert(static_cast<int>(mc::DType::kFloat64) == MODCOMPILE_FLOAT64);
+static_assert(static_cast<int>(mc::Memory::kDevice) == MODCOMPILE_DEVICE);
 
 thread_local std::string last_error;
 
@@ -77,8 +79,10 @@ std::vector<Tensor> read(const modcompile_tensor* tensors, size_t count) {
             "a pointer to as many sizes as its rank");
     require(tensor->dtype >= MODCOMPILE_BOOL && tensor->dtype <= MODCOMPILE_FLOAT64, "a tensor has no dtype",
             "a value of modcompile_dtype");
+    require(tensor->memory == MODCOMPILE_HOST || tensor->memory == MODCOMPILE_DEVICE, "a tensor is in no memory",
+            "a value of modcompile_memory");
     made.push_back({tensor->name, static_cast<mc::DType>(tensor->dtype), {tensor->shape, tensor->shape + tensor->rank},
-                    tensor->data});
+                    tensor->data, static_cast<mc::Memory>(tensor->memory)});
   }
   return made;
 }
@@ -101,6 +105,15 @@ modcompile_status modcompile_engine_load(const char* folder, const modcompile_op
     if (options != nullptr) {
       chosen.intra_op_threads = options->intra_op_threads;
       chosen.custom_ops = options->without_custom_ops == 0;
+      chosen.device = options->device;
+      chosen.stream = options->stream;
+      chosen.cuda_graph = options->cuda_graph != 0;
+      require(options->providers != nullptr || options->provider_count == 0, "the providers are missing",
+              "a pointer to as many names as their count");
+      for (size_t i = 0; i < options->provider_count; ++i) {
+        require(options->providers[i] != nullptr, "a provider has no name", "the name of an execution provider");
+        chosen.providers.emplace_back(options->providers[i]);
+      }
     }
     *engine = new modcompile_engine(mc::Engine::load(folder, chosen));
   });
@@ -128,12 +141,13 @@ const char* modcompile_engine_tokenizer(const modcompile_engine* engine) {
   return engine == nullptr ? "" : engine->engine.manifest().tokenizer.c_str();
 }
 
-modcompile_status modcompile_context_make(const modcompile_engine* engine, modcompile_context** context) {
+modcompile_status modcompile_context_make(const modcompile_engine* engine, void* stream,
+                                          modcompile_context** context) {
   return guarded([&] {
     require(context != nullptr, "there is no place for the context", "a pointer to a modcompile_context*");
     *context = nullptr;
     require(engine != nullptr, "the engine is missing", "an engine that modcompile_engine_load gave");
-    *context = new modcompile_context{engine->engine.make_context(), {}};
+    *context = new modcompile_context{engine->engine.make_context(stream), {}};
   });
 }
 
@@ -148,7 +162,8 @@ modcompile_status modcompile_context_run(modcompile_context* context, const modc
                                                read<mc::Buffer>(buffers, buffer_count));
     for (const mc::Output& output : outputs) {
       context->outputs.push_back({output.name.c_str(), static_cast<int32_t>(output.dtype), output.shape.size(),
-                                  output.shape.data(), const_cast<void*>(output.data)});
+                                  output.shape.data(), const_cast<void*>(output.data),
+                                  static_cast<int32_t>(output.memory)});
     }
   });
 }

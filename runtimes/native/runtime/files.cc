@@ -135,7 +135,7 @@ std::string read_file(const std::string& path, size_t limit_bytes) {
   return content;
 }
 
-PrivateCopy::PrivateCopy(const std::string& content) {
+PrivateCopy::PrivateCopy(const std::string& content, const char* name) {
   const char* given = std::getenv("TMPDIR");
   folder_ = std::string(given != nullptr && *given != '\0' ? given : "/tmp") + "/modcompile-XXXXXX";
   const auto failed = [this](const char* what) {
@@ -144,7 +144,7 @@ PrivateCopy::PrivateCopy(const std::string& content) {
   };
   // Only this user may enter it.
   if (mkdtemp(folder_.data()) == nullptr) throw failed("a private folder cannot be made");
-  path_ = folder_ + "/library.so";
+  path_ = folder_ + "/" + name;
   const int descriptor = open(path_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
   size_t written = 0;
   while (descriptor >= 0 && written < content.size()) {
@@ -154,7 +154,7 @@ PrivateCopy::PrivateCopy(const std::string& content) {
     written += static_cast<size_t>(count);
   }
   if (descriptor < 0 || close(descriptor) != 0 || written < content.size()) {
-    const Error error = failed("a private copy of a library cannot be written");
+    const Error error = failed("a private copy of a file cannot be written");
     unlink(path_.c_str());
     rmdir(folder_.c_str());
     throw error;

@@ -23,11 +23,11 @@ FileRecord hash_file(const std::string& path);
 // The contents of a regular file. Throws Error kIntegrity where there is none, or where it has more bytes than that.
 std::string read_file(const std::string& path, size_t limit_bytes);
 
-// A file with these contents that only this user can reach, until it is destroyed: a library is code, and what is
-// loaded are the very bytes that were checked.
+// A file with these contents that only this user can reach, until it is destroyed: of what is code, the very bytes that
+// were checked are loaded.
 class PrivateCopy {
  public:
-  explicit PrivateCopy(const std::string& content);
+  PrivateCopy(const std::string& content, const char* name);
   PrivateCopy(const PrivateCopy&) = delete;
   PrivateCopy& operator=(const PrivateCopy&) = delete;
   ~PrivateCopy();

@@ -307,4 +307,8 @@ bool runs_on(const Manifest& manifest, const std::string& version) {
          (manifest.runtime_below.empty() || found < numbers_of(manifest.runtime_below));
 }
 
+bool is_at_most(const std::string& version, const std::string& other) {
+  return numbers_of(version) <= numbers_of(other);
+}
+
 }  // namespace modcompile

@@ -21,6 +21,9 @@ std::string read_verified(const std::string& folder, const Manifest& manifest, c
 // Whether a version lies in the range of the manifest's runtime. Suffixes such as "+cu13" do not count.
 bool runs_on(const Manifest& manifest, const std::string& version);
 
+// Whether one version is another, or older.
+bool is_at_most(const std::string& version, const std::string& other);
+
 }  // namespace modcompile
 
 #endif  // MODCOMPILE_RUNTIME_MANIFEST_H_

@@ -2,17 +2,18 @@
 
 #include <dlfcn.h>
 #include <onnxruntime_cxx_api.h>
+#include <onnxruntime_run_options_config_keys.h>
 #include <onnxruntime_session_options_config_keys.h>
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <filesystem>
-#include <map>
 #include <mutex>
 #include <utility>
 
 #include "backend.h"
-#include "files.h"
+#include "library.h"
 #include "manifest.h"
 #include "text.h"
 
@@ -45,11 +46,28 @@ const OrtApi* api() {
   return found;
 }
 
+// Where an engine on a GPU runs.
+struct Gpu {
+  int device;
+  void* stream;
+  bool cuda_graph;
+};
+
 class OrtRunner final : public Runner {
  public:
-  OrtRunner(Ort::Session& session, const Manifest& manifest)
-      : session_(session), manifest_(manifest), binding_(session),
-        host_(Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeDefault)) {}
+  // gpu: Null where the engine runs on the CPU. graph: What this caller's CUDA graph is called. turn: Held by runs of
+  // graphs.
+  OrtRunner(Ort::Session& session, const Manifest& manifest, const Gpu* gpu, int graph, std::mutex& turn)
+      : session_(session), manifest_(manifest), gpu_(gpu), turn_(turn), binding_(session),
+        host_(Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeDefault)), device_(nullptr) {
+    if (gpu == nullptr) return;
+    device_ = Ort::MemoryInfo("Cuda", OrtDeviceAllocator, gpu->device, OrtMemTypeDefault);
+    without_waiting_.AddConfigEntry(kOrtRunOptionsConfigDisableSynchronizeExecutionProviders, "1");
+    if (!gpu->cuda_graph) return;
+    for (Ort::RunOptions* options : {&waiting_, &without_waiting_}) {
+      options->AddConfigEntry(kOrtRunOptionsConfigCudaGraphAnnotation, std::to_string(graph).c_str());
+    }
+  }
 
   void run(const std::vector<const Input*>& inputs, const std::vector<const Buffer*>& buffers,
            std::vector<Output>& outputs) override {
@@ -57,56 +75,98 @@ class OrtRunner final : public Runner {
     values_.clear();
     binding_.ClearBoundInputs();
     binding_.ClearBoundOutputs();
+    bool all_device = !inputs.empty();
     for (const Input* input : inputs) {
       // ONNX Runtime has one type for tensors that it reads and that it writes; inputs it reads.
       binding_.BindInput(input->name.c_str(), wrap(*input, const_cast<void*>(input->data)));
+      all_device = all_device && input->memory == Memory::kDevice;
     }
+    const Memory own = all_device ? Memory::kDevice : Memory::kHost;
     for (size_t i = 0; i < buffers.size(); ++i) {
       const char* name = manifest_.outputs[i].name.c_str();
       if (buffers[i] != nullptr) {
         binding_.BindOutput(name, wrap(*buffers[i], buffers[i]->data));
+        all_device = all_device && buffers[i]->memory == Memory::kDevice;
+      } else if (gpu_ != nullptr && gpu_->cuda_graph) {
+        binding_.BindOutput(name, fixed(i));
       } else {
-        binding_.BindOutput(name, host_);
+        binding_.BindOutput(name, memory(own));
       }
     }
-    session_.Run(Ort::RunOptions{nullptr}, binding_);
+    // What is copied to or from the host is complete when the run returns.
+    const bool waits = !all_device || gpu_->stream == nullptr;
+    const auto turn = gpu_ != nullptr && gpu_->cuda_graph ? std::unique_lock(turn_) : std::unique_lock<std::mutex>();
+    session_.Run(waits ? waiting_ : without_waiting_, binding_);
     values_ = binding_.GetOutputValues();
     for (size_t i = 0; i < outputs.size(); ++i) {
       outputs[i].shape = values_[i].GetTensorTypeAndShapeInfo().GetShape();
       outputs[i].data = values_[i].GetTensorRawData();
+      outputs[i].memory = buffers[i] != nullptr ? buffers[i]->memory : own;
     }
   }
 
  private:
+  const OrtMemoryInfo* memory(Memory where) const { return where == Memory::kHost ? host_ : device_; }
+
   template <typename Tensor>
   Ort::Value wrap(const Tensor& tensor, void* data) const {
-    size_t bytes = size_of(tensor.dtype);
-    for (const int64_t size : tensor.shape) bytes *= static_cast<size_t>(size);
-    return Ort::Value::CreateTensor(host_, data, bytes, tensor.shape.data(), tensor.shape.size(),
-                                    type_of(tensor.dtype));
+    return Ort::Value::CreateTensor(memory(tensor.memory), data, bytes_of(tensor.dtype, tensor.shape),
+                                    tensor.shape.data(), tensor.shape.size(), type_of(tensor.dtype));
+  }
+
+  // Memory for an output of a graph, which stays where it is.
+  const Ort::Value& fixed(size_t index) {
+    if (fixed_.empty()) {
+      for (size_t i = 0; i < manifest_.outputs.size(); ++i) fixed_.emplace_back(nullptr);
+    }
+    if (!fixed_[index]) {
+      const TensorSpec& spec = manifest_.outputs[index];
+      std::vector<int64_t> shape;
+      for (const Dim& dim : spec.shape) shape.push_back(dim.size);
+      if (!allocator_) allocator_ = Ort::Allocator(session_, device_);
+      fixed_[index] = Ort::Value::CreateTensor(allocator_, shape.data(), shape.size(), type_of(spec.dtype));
+    }
+    return fixed_[index];
   }
 
   Ort::Session& session_;
   const Manifest& manifest_;
+  const Gpu* gpu_;
+  std::mutex& turn_;
   Ort::IoBinding binding_;
-  Ort::MemoryInfo host_;
+  Ort::MemoryInfo host_, device_;
+  Ort::RunOptions waiting_, without_waiting_;
+  Ort::Allocator allocator_{nullptr};
   // The memory of outputs without a buffer.
-  std::vector<Ort::Value> values_;
+  std::vector<Ort::Value> fixed_, values_;
 };
 
 class OrtBackend final : public Backend {
  public:
-  OrtBackend(const Manifest& manifest, Ort::Env env, Ort::Session session)
-      : manifest_(manifest), env_(std::move(env)), session_(std::move(session)) {}
+  OrtBackend(const Manifest& manifest, Ort::Env env, Ort::Session session, std::optional<Gpu> gpu)
+      : manifest_(manifest), env_(std::move(env)), session_(std::move(session)), gpu_(gpu) {}
 
   const char* name() const override { return "ONNX Runtime"; }
-  std::unique_ptr<Runner> make_runner() const override { return std::make_unique<OrtRunner>(session_, manifest_); }
+  bool on_gpu() const override { return gpu_.has_value(); }
+
+  std::unique_ptr<Runner> make_runner(void* stream) const override {
+    if (gpu_ && stream != gpu_->stream) {
+      throw Error(ErrorKind::kUsage, "an engine on ONNX Runtime has one stream",
+                  {"the stream that the engine was loaded with", "another one", "stream",
+                   "load the engine with this stream"});
+    }
+    return std::make_unique<OrtRunner>(session_, manifest_, gpu_ ? &*gpu_ : nullptr, ++graphs_, turn_);
+  }
 
  private:
   const Manifest& manifest_;
   Ort::Env env_;
-  // Its runs change nothing that another run sees.
+  // Its runs change nothing that another run sees, but for those of graphs, which take turns.
   mutable Ort::Session session_;
+  mutable std::mutex turn_;
+  // ONNX Runtime keeps 0 for itself.
+  mutable std::atomic<int> graphs_{0};
+  std::optional<Gpu> gpu_;
 };
 
 void check_providers(const std::vector<std::string>& names) {
@@ -124,65 +184,64 @@ void check_providers(const std::vector<std::string>& names) {
   }
 }
 
-void append_cuda(Ort::SessionOptions& options) {
+void append_cuda(Ort::SessionOptions& options, const Gpu& gpu) {
   OrtCUDAProviderOptionsV2* cuda = nullptr;
   Ort::ThrowOnError(Ort::GetApi().CreateCUDAProviderOptions(&cuda));
   const std::unique_ptr<OrtCUDAProviderOptionsV2, void (*)(OrtCUDAProviderOptionsV2*)> owned(
       cuda, [](OrtCUDAProviderOptionsV2* value) { Ort::GetApi().ReleaseCUDAProviderOptions(value); });
-  // Products of float32 stay in float32: otherwise their factors are rounded to 10 bits.
-  const char* const key = "use_tf32";
-  const char* const value = "0";
-  Ort::ThrowOnError(Ort::GetApi().UpdateCUDAProviderOptions(cuda, &key, &value, 1));
+  const std::string device = std::to_string(gpu.device);
+  const std::pair<const char*, const char*> pairs[] = {
+      {"device_id", device.c_str()},
+      // Products of float32 stay in float32: otherwise their factors are rounded to 10 bits.
+      {"use_tf32", "0"},
+      // Memory is taken as it is needed, not in powers of two, up to half of which would lie idle.
+      {"arena_extend_strategy", "kSameAsRequested"},
+      {"enable_cuda_graph", gpu.cuda_graph ? "1" : "0"},
+  };
+  for (const auto& [key, value] : pairs) {
+    Ort::ThrowOnError(Ort::GetApi().UpdateCUDAProviderOptions(cuda, &key, &value, 1));
+  }
+  if (gpu.stream != nullptr) {
+    Ort::ThrowOnError(Ort::GetApi().UpdateCUDAProviderOptionsWithValue(cuda, "user_compute_stream", gpu.stream));
+  }
   options.AppendExecutionProvider_CUDA_V2(*cuda);
 }
 
-constexpr const char* kLibraryFix = "build runtimes/native with -DMODCOMPILE_ORT=ON on a machine like this one";
-
-// The handle of a custom-op library, which is loaded once for its contents and then stays: what ONNX Runtime gets from
-// it is made to last as long as the process.
-void* open_library(const std::string& content, const std::string& sha256, const std::string& where) {
-  static std::mutex turn;
-  static std::map<std::string, void*> opened;
-  const std::lock_guard<std::mutex> lock(turn);
-  void*& library = opened[sha256];
-  if (library == nullptr) {
-    const PrivateCopy copy(content);
-    library = dlopen(copy.path().c_str(), RTLD_NOW | RTLD_LOCAL);
-    if (library == nullptr) {
-      std::string found = dlerror();
-      if (const std::string prefix = copy.path() + ": "; found.rfind(prefix, 0) == 0) found.erase(0, prefix.size());
-      throw Error(ErrorKind::kRuntimeUnavailable, "the custom-op library does not load",
-                  {"a shared library for this machine", found, where, kLibraryFix});
-    }
-  }
-  return library;
-}
+constexpr LibraryKind kCustomOps = {"the custom-op library",
+                                    "build runtimes/native with -DMODCOMPILE_ORT=ON on a machine like this one"};
 
 template <typename Function>
 Function* function_of(void* library, const char* name, const std::string& where) {
   void* const found = dlsym(library, name);
   if (found == nullptr) {
     throw Error(ErrorKind::kRuntimeUnavailable, "the library is not modcompile's custom-op library",
-                {kLibrary, std::string("no function ") + name, where, kLibraryFix});
+                {kLibrary, std::string("no function ") + name, where, kCustomOps.fix});
   }
   return reinterpret_cast<Function*>(found);
 }
 
 void register_custom_ops(Ort::SessionOptions& options, void* library, const std::string& where,
-                         const std::vector<std::string>& providers) {
+                         const std::optional<Gpu>& gpu) {
   const int domain_version = function_of<int()>(library, "modcompile_ort_domain_version", where)();
   const std::string version = function_of<const char*()>(library, "modcompile_ort_version", where)();
   const std::string kernels = function_of<const char*()>(library, "modcompile_ort_providers", where)();
   if (domain_version != kDomainVersion) {
     throw Error(ErrorKind::kRuntimeUnavailable, "the custom-op library has another version of the ops",
                 {"version " + std::to_string(kDomainVersion) + " of the domain modcompile",
-                 "version " + std::to_string(domain_version) + ", of modcompile " + version, where, kLibraryFix});
+                 "version " + std::to_string(domain_version) + ", of modcompile " + version, where, kCustomOps.fix});
   }
   // They would run on the CPU, between copies there and back.
-  if (std::find(providers.begin(), providers.end(), kCuda) != providers.end() &&
-      kernels.find(kCuda) == std::string::npos) {
+  if (gpu && kernels.find(kCuda) == std::string::npos) {
     throw Error(ErrorKind::kRuntimeUnavailable, "the custom-op library has no kernels for CUDA",
                 {kCuda, kernels, where, "build the engine with a library for CUDA, or load it without custom ops"});
+  }
+  if (gpu) {
+    const char* const reason = function_of<const char*(int)>(library, "modcompile_ort_cuda_error", where)(gpu->device);
+    if (reason != nullptr) {
+      throw Error(ErrorKind::kRuntimeUnavailable, "the custom-op library's kernels do not run on this GPU",
+                  {"kernels for the architecture of cuda:" + std::to_string(gpu->device), reason, where,
+                   "build runtimes/native for this GPU's architecture, or load the engine without custom ops"});
+    }
   }
   using Register = OrtStatus*(OrtSessionOptions*, const OrtApiBase*);
   try {
@@ -271,6 +330,12 @@ std::unique_ptr<Backend> load_ort(const std::string& folder, const Manifest& man
   const std::string path = folder + "/" + manifest.entry;
   const std::vector<std::string>& providers = options.providers.empty() ? manifest.providers : options.providers;
   check_providers(providers);
+  std::optional<Gpu> gpu;
+  if (std::find(providers.begin(), providers.end(), kCuda) != providers.end()) {
+    gpu = {options.device, options.stream, options.cuda_graph};
+  } else {
+    refuse_gpu_options(options, joined(providers));
+  }
   try {
     // What goes wrong is thrown; by default it is printed as well.
     Ort::Env env(ORT_LOGGING_LEVEL_FATAL, "modcompile");
@@ -282,16 +347,15 @@ std::unique_ptr<Backend> load_ort(const std::string& folder, const Manifest& man
                            std::filesystem::absolute(folder).c_str());
     if (options.custom_ops && manifest.files.count(kLibrary) > 0) {
       const std::string where = folder + "/" + kLibrary, content = read_verified(folder, manifest, kLibrary);
-      register_custom_ops(session, open_library(content, manifest.files.at(kLibrary).sha256, where), where, providers);
+      void* const library = open_library(content, manifest.files.at(kLibrary).sha256, kCustomOps, where);
+      register_custom_ops(session, library, where, gpu);
     }
-    for (const std::string& name : providers) {
-      // The CPU's provider is always there, last.
-      if (name == kCuda) append_cuda(session);
-    }
+    // The CPU's provider is always there, last.
+    if (gpu) append_cuda(session, *gpu);
     const std::string model = read_verified(folder, manifest, manifest.entry);
     Ort::Session opened(env, model.data(), model.size(), session);
     check_interface(opened, manifest, path);
-    return std::make_unique<OrtBackend>(manifest, std::move(env), std::move(opened));
+    return std::make_unique<OrtBackend>(manifest, std::move(env), std::move(opened), gpu);
   } catch (const Ort::Exception& error) {
     throw not_opened(error, path, providers);
   }

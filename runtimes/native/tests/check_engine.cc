@@ -2,7 +2,7 @@
 // byte.
 //
 //   sha256 FILE                           the digest
-//   load FOLDER                           "ok", or the error's text
+//   load FOLDER [OPTION...]               "ok", or the error's text; OPTIONs are stream, graph, device=1, threads=2, provider=NAME
 //   describe FOLDER                       inputs, outputs and what else the manifest says
 //   run FOLDER TARGET TENSOR...           "ok" and the outputs in files TARGET/NAME, or the error's text
 //   run-bodies FOLDER TARGET TENSOR...    the same without the custom-op library
@@ -11,13 +11,13 @@
 //   threads FOLDER COUNT RUNS TENSOR...   "ok" if runs on several threads give what one thread gives
 //   cycles FOLDER COUNT TENSOR...         memory in KiB before and after loading and freeing the engine so often
 //
-// A TENSOR is NAME:DTYPE:SIZES:FILE, SIZES as in 8x256; FILE is "null" for a null pointer, "zeros" for zeros. Where it
-// begins with ">", it is a buffer for an output.
+// A TENSOR is NAME:DTYPE:SIZES:FILE, SIZES as in 8x256; FILE is "null" for a null pointer, "zeros" for zeros, "device"
+// for what is said to be device memory. Where it begins with ">", it is a buffer for an output.
 
 #include <unistd.h>
 
 #include <cstdint>
-#include <cstring>
+#include <cstdlib>
 #include <fstream>
 #include <iostream>
 #include <iterator>
@@ -64,16 +64,17 @@ struct Tensors {
       for (const std::string& size : split(parts.at(2), 'x')) shape.push_back(std::stoll(size));
       const mc::DType dtype = mc::dtype_of(parts[1]).value();
       std::string& memory = *memory_.emplace_back(std::make_unique<std::string>());
-      if (parts.at(3) == "zeros") {
+      const mc::Memory where = parts.at(3) == "device" ? mc::Memory::kDevice : mc::Memory::kHost;
+      if (parts[3] == "zeros" || parts[3] == "device") {
         memory.resize(bytes_of(dtype, shape));
       } else if (parts[3] != "null") {
         memory = read_whole(parts[3]);
       }
       void* data = parts[3] == "null" ? nullptr : memory.data();
       if (parts[0][0] == '>') {
-        buffers.push_back({parts[0].substr(1), dtype, shape, data});
+        buffers.push_back({parts[0].substr(1), dtype, shape, data, where});
       } else {
-        inputs.push_back({parts[0], dtype, shape, data});
+        inputs.push_back({parts[0], dtype, shape, data, where});
       }
     }
   }
@@ -89,8 +90,13 @@ std::string bytes_of(const mc::Output& output) {
   return {static_cast<const char*>(output.data), bytes_of(output.dtype, output.shape)};
 }
 
-// One thread of arithmetic: what is computed does not depend on the machine's cores.
-const mc::LoadOptions kOptions = {1, {}, true};
+// One thread of arithmetic: what is computed does not depend on the machine's cores. Not every runtime has the option.
+const int kThreads = std::getenv("OWN_THREADS") == nullptr ? 1 : 0;
+const mc::LoadOptions kOptions = [] {
+  mc::LoadOptions options;
+  options.intra_op_threads = kThreads;
+  return options;
+}();
 
 std::string run(const Words& words) {
   const Tensors tensors(words, 3);
@@ -111,7 +117,7 @@ std::vector<modcompile_tensor> for_c(const std::vector<Tensor>& tensors) {
   std::vector<modcompile_tensor> made;
   for (const Tensor& tensor : tensors) {
     made.push_back({tensor.name.c_str(), static_cast<int32_t>(tensor.dtype), tensor.shape.size(),
-                    tensor.shape.data(), const_cast<void*>(tensor.data)});
+                    tensor.shape.data(), const_cast<void*>(tensor.data), static_cast<int32_t>(tensor.memory)});
   }
   return made;
 }
@@ -119,11 +125,12 @@ std::vector<modcompile_tensor> for_c(const std::vector<Tensor>& tensors) {
 std::string run_c(const Words& words) {
   const Tensors tensors(words, 3);
   const std::vector<modcompile_tensor> inputs = for_c(tensors.inputs), buffers = for_c(tensors.buffers);
-  const modcompile_options options = {1, 0};
+  modcompile_options options = {};
+  options.intra_op_threads = kThreads;
   modcompile_engine* engine = nullptr;
   if (modcompile_engine_load(words.at(1).c_str(), &options, &engine) != MODCOMPILE_OK) return modcompile_last_error();
   modcompile_context* context = nullptr;
-  modcompile_status status = modcompile_context_make(engine, &context);
+  modcompile_status status = modcompile_context_make(engine, nullptr, &context);
   const size_t count = modcompile_engine_output_count(engine);
   modcompile_engine_free(engine);
   if (status == MODCOMPILE_OK) {
@@ -141,7 +148,7 @@ std::string run_c(const Words& words) {
 
 // Every null pointer that C lets a caller pass.
 std::string misuse_c(const Words& words) {
-  modcompile_engine* engine = nullptr;
+  modcompile_engine *engine = nullptr, *other = nullptr;
   modcompile_context* context = nullptr;
   std::string answer;
   const auto expect = [&answer](modcompile_status status) {
@@ -149,19 +156,27 @@ std::string misuse_c(const Words& words) {
   };
   expect(modcompile_engine_load(nullptr, nullptr, &engine));
   expect(modcompile_engine_load(words.at(1).c_str(), nullptr, nullptr));
-  expect(modcompile_context_make(nullptr, &context));
+  expect(modcompile_context_make(nullptr, nullptr, &context));
   expect(modcompile_context_run(nullptr, nullptr, 0, nullptr, 0));
   if (modcompile_engine_load(words.at(1).c_str(), nullptr, &engine) != MODCOMPILE_OK) return modcompile_last_error();
-  expect(modcompile_context_make(engine, nullptr));
-  if (modcompile_context_make(engine, &context) != MODCOMPILE_OK) return modcompile_last_error();
+  expect(modcompile_context_make(engine, nullptr, nullptr));
+  if (modcompile_context_make(engine, nullptr, &context) != MODCOMPILE_OK) return modcompile_last_error();
   expect(modcompile_context_run(context, nullptr, 1, nullptr, 0));
   const int64_t size = 1;
-  modcompile_tensor tensor = {nullptr, MODCOMPILE_INT64, 1, &size, nullptr};
+  modcompile_tensor tensor = {nullptr, MODCOMPILE_INT64, 1, &size, nullptr, MODCOMPILE_HOST};
   expect(modcompile_context_run(context, &tensor, 1, nullptr, 0));
-  tensor = {"x", 99, 1, &size, nullptr};
+  tensor = {"x", 99, 1, &size, nullptr, MODCOMPILE_HOST};
   expect(modcompile_context_run(context, &tensor, 1, nullptr, 0));
-  tensor = {"x", MODCOMPILE_INT64, 1, nullptr, nullptr};
+  tensor = {"x", MODCOMPILE_INT64, 1, nullptr, nullptr, MODCOMPILE_HOST};
   expect(modcompile_context_run(context, &tensor, 1, nullptr, 0));
+  tensor = {"x", MODCOMPILE_INT64, 1, &size, nullptr, 2};
+  expect(modcompile_context_run(context, &tensor, 1, nullptr, 0));
+  modcompile_options options = {};
+  options.provider_count = 1;
+  expect(modcompile_engine_load(words[1].c_str(), &options, &other));
+  const char* const none = nullptr;
+  options.providers = &none;
+  expect(modcompile_engine_load(words[1].c_str(), &options, &other));
   if (modcompile_context_output(context, 0) != nullptr || modcompile_engine_input(engine, 99) != nullptr ||
       modcompile_engine_input(nullptr, 0) != nullptr || modcompile_engine_output_count(nullptr) != 0) {
     answer += "something was there that is not\n";
@@ -233,11 +248,25 @@ std::string describe(const Words& words) {
   return text + engine.manifest().tokenizer;
 }
 
+std::string load(const Words& words) {
+  mc::LoadOptions options = kOptions;
+  for (size_t i = 2; i < words.size(); ++i) {
+    const Words parts = split(words[i], '=');
+    if (parts[0] == "stream") options.stream = &options;
+    if (parts[0] == "graph") options.cuda_graph = true;
+    if (parts[0] == "threads") options.intra_op_threads = std::stoi(parts.at(1));
+    if (parts[0] == "device") options.device = std::stoi(parts.at(1));
+    if (parts[0] == "provider") options.providers.push_back(parts.at(1));
+  }
+  mc::Engine::load(words.at(1), options);
+  return "ok";
+}
+
 std::string answer(const Words& words) {
   try {
     const std::string& command = words.at(0);
     if (command == "sha256") return mc::sha256(read_whole(words.at(1)));
-    if (command == "load") return mc::Engine::load(words.at(1), kOptions), "ok";
+    if (command == "load") return load(words);
     if (command == "describe") return describe(words);
     if (command == "run" || command == "run-bodies") return run(words);
     if (command == "run-c") return run_c(words);

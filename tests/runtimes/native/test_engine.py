@@ -18,101 +18,18 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from native_driver import ROOT, Driver, command, python_run, word, words
 from onnx import TensorProto, helper, numpy_helper
 
 import modcompile.engine
 from modcompile.bundle import package
-from modcompile.doctor import find_ort_headers
 from modcompile.engine import build_engine, load_engine
 from modcompile.errors import IntegrityError, ModcompileError, RuntimeUnavailableError, UsageError
 from modcompile.manifest import MANIFEST_NAME, METADATA_KEY, ModelMetadata, RoutedBlock, _seal
 
 # B batch  S rows  D model dim
-ROOT = Path(__file__).parents[3]
-NATIVE = ROOT / "runtimes" / "native"
 D = 33
 pytestmark = pytest.mark.long
-
-
-def command(*words, **options):
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=900, **options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-@pytest.fixture(scope="session")
-def ort_library(tmp_path_factory):
-    """The Python package's library, under the name that programs look for."""
-    found = next(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so*"), None)
-    if found is None:
-        pytest.skip("the package onnxruntime has its library elsewhere on this system")
-    folder = tmp_path_factory.mktemp("onnxruntime")
-    (folder / "libonnxruntime.so.1").symlink_to(found)
-    return folder / "libonnxruntime.so.1"
-
-
-@pytest.fixture(scope="session")
-def configure(ort_library):
-    """Runs CMake on runtimes/native, for the runtime alone."""
-    missing = [tool for tool in ("cmake", "c++") if shutil.which(tool) is None]
-    missing += [] if find_ort_headers() else ["headers of ONNX Runtime"]
-    if missing:
-        pytest.skip(f"to build the C++ runtime there is no {' and no '.join(missing)}")
-
-    def run(folder, *options):
-        words = ["cmake", "-S", NATIVE, "-B", folder, "-DMODCOMPILE_CUDA=OFF", "-DMODCOMPILE_RUNTIME=ON",
-                 f"-DONNXRUNTIME_INCLUDE_DIR={find_ort_headers()}", f"-DONNXRUNTIME_LIBRARY={ort_library}", *options]
-        done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
-        if "nlohmann_json" in done.stderr:
-            pytest.skip("to build the C++ runtime there is no nlohmann_json")
-        assert done.returncode == 0, done.stdout + done.stderr
-        return folder
-
-    return run
-
-
-class Driver:
-    """tests/check_engine.cc, which answers one command after another."""
-
-    def __init__(self, path):
-        self.path = path
-        # The process of a sanitizer's report ends with an error. ThreadSanitizer cannot see how a library that it did
-        # not instrument, as ONNX Runtime, takes turns.
-        self.process = subprocess.Popen([path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={
-            **os.environ, "ASAN_OPTIONS": "detect_leaks=1", "TSAN_OPTIONS": "ignore_noninstrumented_modules=1"})
-
-    def ask(self, *words):
-        self.process.stdin.write("\t".join(map(str, words)).encode() + b"\n")
-        self.process.stdin.flush()
-        answer = bytearray()
-        while (byte := self.process.stdout.read(1)) != b"\0":
-            assert byte, f"the driver died at {words}"
-            answer += byte
-        return answer.decode()
-
-    def close(self):
-        self.process.stdin.close()
-        assert self.process.wait(timeout=60) == 0
-
-
-@pytest.fixture(scope="session")
-def drivers(configure, tmp_path_factory):
-    """Builds and starts drivers: with the sanitizers that are named, or as users build it."""
-    started = {}
-
-    def start(sanitizers=""):
-        if sanitizers not in started:
-            folder = tmp_path_factory.mktemp("driver")
-            flags = [f"-DCMAKE_CXX_FLAGS=-fsanitize={sanitizers} -fno-sanitize-recover=all -g -O1",
-                     "-DCMAKE_BUILD_TYPE=None"] if sanitizers else []
-            configure(folder, "-DMODCOMPILE_TESTS=ON", *flags)
-            command("cmake", "--build", folder)
-            started[sanitizers] = Driver(folder / "runtime" / "check_engine")
-        return started[sanitizers]
-
-    yield start
-    for driver in started.values():
-        driver.close()
 
 
 @pytest.fixture(scope="session")
@@ -166,22 +83,6 @@ def bundles(tmp_path_factory):
 def bundle(bundles, tmp_path):
     """A copy of the bundle to damage."""
     return shutil.copytree(bundles / "dynamic", tmp_path / "bundle")
-
-
-def word(name, array, folder):
-    """An array as a tensor of a command."""
-    path = folder / f"given-{name.strip('>')}"
-    path.write_bytes(np.ascontiguousarray(array).tobytes())
-    return f"{name}:{array.dtype.name}:{'x'.join(map(str, array.shape))}:{path}"
-
-
-def words(inputs, folder):
-    return [word(name, array, folder) for name, array in inputs.items()]
-
-
-def python_run(folder, inputs, **options):
-    with load_engine(folder, intra_op_threads=1, **options) as engine:
-        return engine.run(inputs)
 
 
 # Loading and running
@@ -310,7 +211,36 @@ def test_null_pointers_of_the_c_api(driver, bundles):
     assert lines == ["2 the engine's folder is missing", "2 there is no place for the engine",
                      "2 the engine is missing", "2 the context is missing", "2 there is no place for the context",
                      "2 the tensors are missing", "2 a tensor has no name", "2 a tensor has no dtype",
-                     "2 a tensor has no shape", ""]
+                     "2 a tensor has no shape", "2 a tensor is in no memory", "2 the providers are missing",
+                     "2 a provider has no name", ""]
+
+
+@pytest.mark.parametrize("option, problem", [
+    ("stream", "a stream is for an engine on a GPU"),
+    ("graph", "a CUDA graph is for an engine on a GPU"),
+    ("device=1", "a GPU's number is for an engine on a GPU"),
+    ("device=-1", "device does not fit"),
+    ("provider=CUDAExecutionProvider", "this ONNX Runtime does not have the execution provider"),
+    ("provider=NoSuchProvider", "this ONNX Runtime does not have the execution provider"),
+])
+def test_options_that_do_not_fit(driver, bundles, option, problem):
+    if option.removeprefix("provider=") in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has the provider")
+    assert driver.ask("load", bundles / "static", option).split("\n")[0] == problem
+
+
+def test_a_cuda_graph_of_a_size_that_varies(driver, bundles):
+    assert driver.ask("load", bundles / "dynamic", "graph").startswith(
+        "a CUDA graph has one size\n  expected: an engine of static shapes\n  found: input_ids int64 [batch, sequence], ")
+
+
+def test_device_memory_of_an_engine_on_the_cpu(driver, bundles, tmp_path):
+    for ask in ("run", "run-c"):
+        for name, given in (("input_ids", ["input_ids:int64:3x63:device", "attention_mask:int64:3x63:zeros"]),
+                            ("valid", [*words(batch(), tmp_path), ">valid:bool:3x63:device"])):
+            role = "output" if name == "valid" else "input"
+            assert driver.ask(ask, bundles / "static", tmp_path, *given).startswith(
+                f"{role} {name} is on a device that the engine does not run on\n  expected: host memory\n")
 
 
 # Damage
@@ -540,7 +470,7 @@ def routed(configure, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("routed")
     configure(folder / "native", "-DMODCOMPILE_RUNTIME=OFF", "-DMODCOMPILE_ORT=ON")
-    command("cmake", "--build", folder / "native")
+    command("cmake", "--build", folder / "native", "--parallel", 2)
     example = {"hidden": torch.randn(2, 5, tiny.WIDTH), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
     model = mc.convert(tiny.Stack(*(tiny.Block() for _ in range(4))), example, mc.MoDConfig(capacity_ratio=0.25))
     tiny.randomise_routers(model)
@@ -613,7 +543,7 @@ def example(request, configure, tmp_path_factory):
     """examples/cpp, built as another project, with a package that was moved after its installation."""
     folder = tmp_path_factory.mktemp("example")
     configure(folder / "native", f"-DBUILD_SHARED_LIBS={request.param == 'shared'}")
-    command("cmake", "--build", folder / "native")
+    command("cmake", "--build", folder / "native", "--parallel", 2)
     command("cmake", "--install", folder / "native", "--prefix", folder / "first")
     (folder / "first").rename(folder / "prefix")
     command("cmake", "-S", ROOT / "examples" / "cpp", "-B", folder / "build",
@@ -666,6 +596,6 @@ def test_the_example_runs_minilm(example, tmp_path):
 
 def test_a_library_without_a_back_end_says_so(configure, tmp_path, bundles):
     configure(tmp_path / "native", "-DMODCOMPILE_RUNTIME_ORT=OFF", "-DMODCOMPILE_TESTS=ON")
-    command("cmake", "--build", tmp_path / "native")
+    command("cmake", "--build", tmp_path / "native", "--parallel", 2)
     with contextlib.closing(Driver(tmp_path / "native" / "runtime" / "check_engine")) as driver:
         assert driver.ask("load", bundles / "dynamic").startswith("this library was built without the runtime")

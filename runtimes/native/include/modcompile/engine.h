@@ -9,6 +9,11 @@
 // file, no file more and none less, no links. That notices accidents. It is no signature: whoever can write to the
 // folder can write a manifest that fits.
 //
+// An engine on a GPU takes tensors in host memory and in its device's. Without a stream of the caller's, a run reads what
+// is there when it is called, and returns when its outputs are there. On a stream of the caller's it comes after what
+// the stream was given before, and what the stream is given next comes after the run; a run whose tensors are all in
+// device memory then returns without waiting.
+//
 // An engine may be shared by threads; a context belongs to one thread at a time. What goes wrong is thrown as an Error,
 // which says what the Python package says, apart from advice that is about Python and words of the back end's own.
 
@@ -121,12 +126,16 @@ struct Manifest {
   std::map<std::string, FileRecord> files;
 };
 
-// A tensor of the caller's that a run reads, in host memory, rows after rows.
+// The host's, or that of the engine's GPU.
+enum class Memory { kHost, kDevice };
+
+// A tensor of the caller's that a run reads, rows after rows.
 struct Input {
   std::string name;
   DType dtype;
   std::vector<int64_t> shape;
   const void* data;
+  Memory memory = Memory::kHost;
 };
 
 // Memory of the caller's that a run writes an output to.
@@ -135,23 +144,33 @@ struct Buffer {
   DType dtype;
   std::vector<int64_t> shape;
   void* data;
+  Memory memory = Memory::kHost;
 };
 
-// An output: in the caller's buffer, or in memory of the context, where it stays until the context's next run.
+// An output: in the caller's buffer, or in memory of the context, where it stays until the context's next run. That is
+// device memory where every input is in device memory.
 struct Output {
   std::string name;
   DType dtype;
   std::vector<int64_t> shape;
   const void* data;
+  Memory memory = Memory::kHost;
 };
 
 struct LoadOptions {
-  // Threads that one run computes with; 0 leaves it to the back end.
+  // Threads that one run of ONNX Runtime computes with; 0 leaves it to ONNX Runtime.
   int intra_op_threads = 0;
-  // ONNX Runtime's execution providers; the manifest's where there are none here.
+  // ONNX Runtime's execution providers; the manifest's where there are none here. Likewise for ONNX Runtime alone.
   std::vector<std::string> providers;
   // Whether the bundle's custom-op library runs our ops, or the function bodies in the model.
   bool custom_ops = true;
+  // The GPU's number, for engines that run on one.
+  int device = 0;
+  // The cudaStream_t to run on; without one the engine has streams of its own. It must outlive the engine.
+  void* stream = nullptr;
+  // Records the first run of each context as a CUDA graph, which its next runs launch as a whole. Sizes are static, and
+  // the tensors of all its runs are the same memory, the device's.
+  bool cuda_graph = false;
 };
 
 // Of one thread at a time. It keeps its engine alive.
@@ -193,7 +212,8 @@ class MODCOMPILE_API Engine {
   const std::vector<TensorSpec>& inputs() const { return manifest().inputs; }
   const std::vector<TensorSpec>& outputs() const { return manifest().outputs; }
 
-  Context make_context() const;
+  // stream: The cudaStream_t of this context's runs; by default the engine's. ONNX Runtime has one for all of them.
+  Context make_context(void* stream = nullptr) const;
 
  private:
   struct State;

@@ -41,7 +41,9 @@ typedef enum {
   MODCOMPILE_FLOAT64
 } modcompile_dtype;
 
-/* A tensor in host memory. In the description of an engine data is NULL, and a size that varies is -1. */
+typedef enum { MODCOMPILE_HOST, MODCOMPILE_DEVICE } modcompile_memory;
+
+/* A tensor, rows after rows. In the description of an engine data is NULL, and a size that varies is -1. */
 typedef struct {
   const char* name;
   /* A modcompile_dtype. */
@@ -49,14 +51,24 @@ typedef struct {
   size_t rank;
   const int64_t* shape;
   void* data;
+  /* A modcompile_memory. */
+  int32_t memory;
 } modcompile_tensor;
 
 /* Zeros stand for the defaults. */
 typedef struct {
-  /* Threads that one run computes with. */
+  /* Threads that one run of ONNX Runtime computes with. */
   int intra_op_threads;
   /* Not zero: our ops are run as the function bodies in the model, not by the bundle's library. */
   int without_custom_ops;
+  /* The GPU's number, and a cudaStream_t to run on. */
+  int device;
+  void* stream;
+  /* Not zero: the first run of each context is recorded as a CUDA graph. */
+  int cuda_graph;
+  /* ONNX Runtime's execution providers, in the place of the manifest's. */
+  const char* const* providers;
+  size_t provider_count;
 } modcompile_options;
 
 typedef struct modcompile_engine modcompile_engine;
@@ -79,13 +91,13 @@ MODCOMPILE_C_API const modcompile_tensor* modcompile_engine_output(const modcomp
 /* The tokenizer's path below the bundle's folder, "" where there is none. */
 MODCOMPILE_C_API const char* modcompile_engine_tokenizer(const modcompile_engine* engine);
 
-/* What runs an engine, for one thread at a time. */
-MODCOMPILE_C_API modcompile_status modcompile_context_make(const modcompile_engine* engine,
+/* What runs an engine, for one thread at a time. stream is the cudaStream_t of its runs, or NULL for the engine's. */
+MODCOMPILE_C_API modcompile_status modcompile_context_make(const modcompile_engine* engine, void* stream,
                                                            modcompile_context** context);
 MODCOMPILE_C_API void modcompile_context_free(modcompile_context* context);
 
-/* Runs the engine once, and waits for it. Outputs that have no buffer stay with the context until its next run.
- * inputs are read only. buffers may be NULL where their count is 0. */
+/* Runs the engine once. Outputs that have no buffer stay with the context until its next run. engine.h says when a run
+ * is waited for. inputs are read only. buffers may be NULL where their count is 0. */
 MODCOMPILE_C_API modcompile_status modcompile_context_run(modcompile_context* context, const modcompile_tensor* inputs,
                                                           size_t input_count, const modcompile_tensor* buffers,
                                                           size_t buffer_count);
