@@ -11,8 +11,7 @@
 //   threads FOLDER COUNT RUNS TENSOR...   "ok" if runs on several threads give what one thread gives
 //   cycles FOLDER COUNT TENSOR...         memory in KiB before and after loading and freeing the engine so often
 //
-// A TENSOR is NAME:DTYPE:SIZES:FILE, SIZES as in 8x256; FILE is "null" for a null pointer, "zeros" for zeros, "device"
-// for what is said to be device memory. Where it begins with ">", it is a buffer for an output.
+// A TENSOR is as words.h has it.
 
 #include <unistd.h>
 
@@ -20,8 +19,6 @@
 #include <cstdlib>
 #include <fstream>
 #include <iostream>
-#include <iterator>
-#include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
@@ -29,64 +26,13 @@
 #include "modcompile/engine.h"
 #include "modcompile/engine_c.h"
 #include "sha256.h"
+#include "words.h"
 
 namespace mc = modcompile;
 
 namespace {
 
-using Words = std::vector<std::string>;
-
-Words split(const std::string& text, char separator) {
-  Words words;
-  std::istringstream stream(text);
-  for (std::string word; std::getline(stream, word, separator);) words.push_back(word);
-  return words;
-}
-
-std::string read_whole(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  if (!file) throw std::runtime_error("cannot read " + path);
-  return {std::istreambuf_iterator<char>(file), {}};
-}
-
-size_t bytes_of(mc::DType dtype, const std::vector<int64_t>& shape) {
-  size_t bytes = mc::size_of(dtype);
-  for (const int64_t size : shape) bytes *= static_cast<size_t>(size);
-  return bytes;
-}
-
-// The tensors of a command, and their memory.
-struct Tensors {
-  Tensors(const Words& words, size_t first) {
-    for (size_t i = first; i < words.size(); ++i) {
-      const Words parts = split(words[i], ':');
-      std::vector<int64_t> shape;
-      for (const std::string& size : split(parts.at(2), 'x')) shape.push_back(std::stoll(size));
-      const mc::DType dtype = mc::dtype_of(parts[1]).value();
-      std::string& memory = *memory_.emplace_back(std::make_unique<std::string>());
-      const mc::Memory where = parts.at(3) == "device" ? mc::Memory::kDevice : mc::Memory::kHost;
-      if (parts[3] == "zeros" || parts[3] == "device") {
-        memory.resize(bytes_of(dtype, shape));
-      } else if (parts[3] != "null") {
-        memory = read_whole(parts[3]);
-      }
-      void* data = parts[3] == "null" ? nullptr : memory.data();
-      if (parts[0][0] == '>') {
-        buffers.push_back({parts[0].substr(1), dtype, shape, data, where});
-      } else {
-        inputs.push_back({parts[0], dtype, shape, data, where});
-      }
-    }
-  }
-
-  std::vector<mc::Input> inputs;
-  std::vector<mc::Buffer> buffers;
-
- private:
-  std::vector<std::unique_ptr<std::string>> memory_;
-};
-
-std::string bytes_of(const mc::Output& output) {
+std::string contents_of(const mc::Output& output) {
   return {static_cast<const char*>(output.data), bytes_of(output.dtype, output.shape)};
 }
 
@@ -104,7 +50,7 @@ std::string run(const Words& words) {
   options.custom_ops = words[0] != "run-bodies";
   mc::Context context = mc::Engine::load(words.at(1), options).make_context();
   for (const mc::Output& output : context.run(tensors.inputs, tensors.buffers)) {
-    std::ofstream(words.at(2) + "/" + output.name, std::ios::binary) << bytes_of(output);
+    std::ofstream(words.at(2) + "/" + output.name, std::ios::binary) << contents_of(output);
     for (const mc::Buffer& buffer : tensors.buffers) {
       if (buffer.name == output.name && buffer.data != output.data) return "the output is not in its buffer";
     }
@@ -140,7 +86,7 @@ std::string run_c(const Words& words) {
     const modcompile_tensor& output = *modcompile_context_output(context, i);
     const mc::Output copy{output.name, static_cast<mc::DType>(output.dtype), {output.shape, output.shape + output.rank},
                           output.data};
-    std::ofstream(words.at(2) + "/" + output.name, std::ios::binary) << bytes_of(copy);
+    std::ofstream(words.at(2) + "/" + output.name, std::ios::binary) << contents_of(copy);
   }
   modcompile_context_free(context);
   return status == MODCOMPILE_OK ? "ok" : modcompile_last_error();
@@ -193,7 +139,7 @@ std::string threads(const Words& words) {
   const mc::Engine engine = mc::Engine::load(words.at(1), kOptions);
   std::vector<std::string> expected;
   mc::Context first = engine.make_context();
-  for (const mc::Output& output : first.run(tensors.inputs)) expected.push_back(bytes_of(output));
+  for (const mc::Output& output : first.run(tensors.inputs)) expected.push_back(contents_of(output));
   std::vector<std::string> problems(std::stoul(words.at(2)));
   std::vector<std::thread> workers;
   for (std::string& problem : problems) {
@@ -203,7 +149,7 @@ std::string threads(const Words& words) {
         for (int left = std::stoi(words.at(3)); left > 0; --left) {
           const std::vector<mc::Output>& outputs = context.run(tensors.inputs);
           for (size_t i = 0; i < outputs.size(); ++i) {
-            if (bytes_of(outputs[i]) != expected[i]) problem = outputs[i].name + " differs";
+            if (contents_of(outputs[i]) != expected[i]) problem = outputs[i].name + " differs";
           }
         }
       } catch (const std::exception& error) {

@@ -15,7 +15,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
-from native_driver import NATIVE, ROOT, Driver, command
+from native_driver import NATIVE, Driver, command
 
 import modcompile
 from modcompile.doctor import find_ort_headers
@@ -92,8 +92,8 @@ def build_for_gpu(folder: Path) -> Path:
         return Path(given).resolve()
     major, minor = torch.cuda.get_device_capability()
     configure = ["cmake", "-S", NATIVE, "-B", folder, f"-DCMAKE_CUDA_ARCHITECTURES={major}{minor}"]
-    for command in (configure, ["cmake", "--build", folder, "--parallel", "--target", "modcompile_kernels"]):
-        done = subprocess.run(command, capture_output=True, text=True)
+    for words in (configure, ["cmake", "--build", folder, "--parallel", "--target", "modcompile_kernels"]):
+        done = subprocess.run(words, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder / "libmodcompile_kernels.so"
 
@@ -150,6 +150,9 @@ def ort_library(tmp_path_factory):
     if found is None:
         pytest.skip("the package onnxruntime has its library elsewhere on this system")
     folder = tmp_path_factory.mktemp("onnxruntime")
+    # Its providers lie beside it.
+    for library in found.parent.glob("libonnxruntime_*.so"):
+        (folder / library.name).symlink_to(library)
     (folder / "libonnxruntime.so.1").symlink_to(found)
     return folder / "libonnxruntime.so.1"
 

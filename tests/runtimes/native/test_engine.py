@@ -231,7 +231,8 @@ def test_options_that_do_not_fit(driver, bundles, option, problem):
 
 def test_a_cuda_graph_of_a_size_that_varies(driver, bundles):
     assert driver.ask("load", bundles / "dynamic", "graph").startswith(
-        "a CUDA graph has one size\n  expected: an engine of static shapes\n  found: input_ids int64 [batch, sequence], ")
+        "a CUDA graph has one size\n  expected: an engine of static shapes\n"
+        "  found: input_ids int64 [batch, sequence], ")
 
 
 def test_device_memory_of_an_engine_on_the_cpu(driver, bundles, tmp_path):

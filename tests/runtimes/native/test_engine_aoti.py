@@ -1,4 +1,4 @@
-"""The C++ runtime's back end AOTInductor, on the CPU: what torch's C++ library computes from a package, Python does too.
+"""The C++ runtime's back end AOTInductor, on the CPU: C++ and Python compute the same from a package.
 
 It is built where the C++ runtime is, see test_engine.py, with the C++ library of the torch that is installed.
 """
