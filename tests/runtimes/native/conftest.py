@@ -188,7 +188,7 @@ def drivers(configure, tmp_path_factory):
             flags = [f"-DCMAKE_CXX_FLAGS=-fsanitize={sanitizers} -fno-sanitize-recover=all -g -O1",
                      "-DCMAKE_BUILD_TYPE=None"] if sanitizers else []
             configure(folder, "-DMODCOMPILE_TESTS=ON", *flags)
-            command("cmake", "--build", folder, "--parallel", 2)
+            command("cmake", "--build", folder, "--parallel", 2, "--target", "check_engine")
             started[sanitizers] = Driver(folder / "runtime" / "check_engine")
         return started[sanitizers]
 

@@ -397,6 +397,7 @@ def test_a_newer_format(driver, bundle, no_backend):
     assert answer == str(error)
 
 
+@pytest.mark.slow
 def test_random_bytes_in_a_sealed_manifest_crash_nothing(driver, bundle):
     """A fuzzer's work in small: thousands of manifests whose digest fits and whose text does not."""
     random = np.random.default_rng(0)
@@ -525,7 +526,7 @@ def test_threads_with_a_context_each(drivers, bundles, tmp_path):
     assert drivers("").ask("threads", bundles / "dynamic", 8, 1000, *words(batch(), tmp_path)) == "ok"
 
 
-@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+@pytest.mark.parametrize("sanitizers", ["address,undefined", pytest.param("thread", marks=pytest.mark.slow)])
 def test_threads_under_sanitizers(drivers, bundles, tmp_path, sanitizers):
     """ONNX Runtime itself is not instrumented: what is looked at is this library."""
     assert drivers(sanitizers).ask("threads", bundles / "dynamic", 4, 50, *words(batch(), tmp_path)) == "ok"
@@ -539,7 +540,7 @@ def test_loading_and_freeing_leaves_nothing(drivers, bundles, tmp_path):
 # The package for CMake, and the example
 
 
-@pytest.fixture(scope="session", params=["static", "shared"])
+@pytest.fixture(scope="session", params=["static", pytest.param("shared", marks=pytest.mark.slow)])
 def example(request, configure, tmp_path_factory):
     """examples/cpp, built as another project, with a package that was moved after its installation."""
     folder = tmp_path_factory.mktemp("example")
@@ -595,8 +596,9 @@ def test_the_example_runs_minilm(example, tmp_path):
     assert printed.count("as expected, bit for bit") == len(expected)
 
 
+@pytest.mark.slow
 def test_a_library_without_a_back_end_says_so(configure, tmp_path, bundles):
     configure(tmp_path / "native", "-DMODCOMPILE_RUNTIME_ORT=OFF", "-DMODCOMPILE_TESTS=ON")
-    command("cmake", "--build", tmp_path / "native", "--parallel", 2)
+    command("cmake", "--build", tmp_path / "native", "--parallel", 2, "--target", "check_engine")
     with contextlib.closing(Driver(tmp_path / "native" / "runtime" / "check_engine")) as driver:
         assert driver.ask("load", bundles / "dynamic").startswith("this library was built without the runtime")
