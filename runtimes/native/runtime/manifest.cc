@@ -252,7 +252,10 @@ Manifest read_manifest(const std::string& folder) {
                  "build one with modcompile.build_engine or `modcompile build`"});
   }
   const std::string path = folder + "/" + kName;
-  const std::string content = read_file(path, kLimitBytes);
+  return parse_manifest(read_file(path, kLimitBytes), path);
+}
+
+Manifest parse_manifest(const std::string& content, const std::string& path) {
   check_seal(content, path);
   const Json json = parse(content, path);
   const Value value(json, "", path);

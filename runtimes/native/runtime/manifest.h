@@ -12,6 +12,9 @@ namespace modcompile {
 // Reads a folder's manifest; its own digest is checked before it is parsed.
 Manifest read_manifest(const std::string& folder);
 
+// The same of a manifest's text. path is where it was, for messages.
+Manifest parse_manifest(const std::string& content, const std::string& path);
+
 // Compares every file of a folder with its manifest, sizes first; nothing of them is parsed.
 void verify_files(const std::string& folder, const Manifest& manifest);
 
