@@ -1,8 +1,10 @@
 """Bundles: what ships is the engine, whole and hashed; and Triton's model repository, by the schema of its config."""
 
+import importlib.util
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
@@ -181,6 +183,46 @@ def read_config(path):
     pool.Add(file)
     config = message_factory.GetMessageClass(pool.FindMessageTypeByName("inference.ModelConfig"))()
     return text_format.Parse(path.read_text(encoding="utf-8"), config)
+
+
+@pytest.fixture(scope="module")
+def model_config():
+    """Triton's own message, of its client's package, whose other parts would take gRPC."""
+    found = importlib.util.find_spec("tritonclient")
+    if found is None:
+        pytest.skip("there is no tritonclient: pip install --no-deps tritonclient")
+    path = Path(found.submodule_search_locations[0]) / "grpc" / "model_config_pb2.py"
+    spec = importlib.util.spec_from_file_location("model_config_pb2", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.ModelConfig
+
+
+def test_the_part_of_the_schema_is_tritons(model_config):
+    file = model_config.DESCRIPTOR.file
+    for name, fields in _SCHEMA.items():
+        proto = descriptor_pb2.DescriptorProto()
+        file.message_types_by_name[name].CopyToProto(proto)
+        found = {field.name: field for field in proto.field}
+        for field, number, kind, *repeated in fields:
+            typed = found[field].type_name.rpartition(".")[2] or found[field].type
+            assert (found[field].number, typed, found[field].label == 3) == (number, kind, bool(repeated)), field
+    # Kind is defined within the message that uses it.
+    kinds = file.message_types_by_name["ModelInstanceGroup"].enum_types_by_name
+    for name, values in _ENUMS.items():
+        enum = file.enum_types_by_name.get(name) or kinds[name]
+        assert [(value.name, value.number) for value in enum.values] == [(v, i) for i, v in enumerate(values)]
+
+
+def test_tritons_own_message_takes_the_configs(model_config, engine, tokenizer, tmp_path):
+    plugins = make_engine(tmp_path / "plugins", files=("model.engine", "libmodcompile_trt.so"), **TENSORRT)
+    ops = make_engine(tmp_path / "ops", files=("model.onnx", "libmodcompile_ort.so"))
+    for number, source in enumerate((engine, plugins, ops)):
+        package(source, tmp_path / "models" / f"m{number}", triton=True)
+        text = (tmp_path / "models" / f"m{number}" / "config.pbtxt").read_text(encoding="utf-8")
+        config = text_format.Parse(text, model_config())
+        assert (config.name, config.max_batch_size) == (f"m{number}", 0)
+        assert len(config.input) == len(config.output) == 2
 
 
 def described(tensors):
