@@ -27,7 +27,9 @@ from modcompile.files import new_folder, read_file
 from modcompile.manifest import MANIFEST_NAME, Manifest, extend_manifest, read_manifest, verify_files
 from modcompile.spec import TensorSpec
 
-TOKENIZER = "tokenizer.json"
+# Forms of a tokenizer, by their names in a bundle: what the tokenizers package writes, and an ONNX model that takes
+# texts.
+TOKENIZER, TOKENIZER_MODEL = "tokenizer.json", "tokenizer.onnx"
 # Of Triton: the file that describes a model, and the folder of the model's only version.
 CONFIG, VERSION = "config.pbtxt", "1"
 
@@ -64,7 +66,8 @@ def package(engine: str | os.PathLike, path: str | os.PathLike, *, tokenizer: st
         engine: The engine folder; its hashes are checked, and those of the copies.
         path: The bundle's folder; for Triton the model's folder, which is named like the model and lies in a model
             repository.
-        tokenizer: The ``tokenizer.json`` that the tokenizers package and transformers write.
+        tokenizer: The ``tokenizer.json`` that the tokenizers package and transformers write; or an ONNX model that
+            takes texts, with a name that ends in ``.onnx``.
         triton: Write a model for Triton Inference Server.
         overwrite: Replace a bundle, or a model of Triton's, that is there already.
 
@@ -81,19 +84,20 @@ def package(engine: str | os.PathLike, path: str | os.PathLike, *, tokenizer: st
         raise UsageError("the bundle would lie inside the engine's folder", expected="a folder elsewhere",
                          found=target, where="path")
     config = _triton_config(manifest, target.name) if triton else None
-    text = None if tokenizer is None else _read_tokenizer(Path(tokenizer))
-    if text is not None and (manifest.tokenizer is not None or TOKENIZER in manifest.files):
-        raise UsageError("the engine has a tokenizer already", found=manifest.tokenizer or TOKENIZER, where=source,
+    name = TOKENIZER_MODEL if Path(tokenizer or "").suffix == ".onnx" else TOKENIZER
+    text = None if tokenizer is None else _read_tokenizer(Path(tokenizer), name)
+    if text is not None and (manifest.tokenizer is not None or name in manifest.files):
+        raise UsageError("the engine has a tokenizer already", found=manifest.tokenizer or name, where=source,
                          fix="leave the tokenizer out, or start from the engine that build wrote")
     verify_files(source, manifest)
     with new_folder(target, marker=MANIFEST_NAME if config is None else CONFIG, overwrite=overwrite) as folder:
         bundle = folder if config is None else folder / VERSION
-        for name in manifest.files:
-            (bundle / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, bundle / name)
+        for file in manifest.files:
+            (bundle / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / file, bundle / file)
         if text is not None:
-            (bundle / TOKENIZER).write_bytes(text)
-        manifest = extend_manifest(bundle, manifest, tokenizer=TOKENIZER if text is not None else manifest.tokenizer)
+            (bundle / name).write_bytes(text)
+        manifest = extend_manifest(bundle, manifest, tokenizer=name if text is not None else manifest.tokenizer)
         if config is not None:
             (folder / CONFIG).write_text(config, encoding="utf-8")
     if config is None:
@@ -101,12 +105,15 @@ def package(engine: str | os.PathLike, path: str | os.PathLike, *, tokenizer: st
     return Bundle(target / VERSION, manifest, _triton_command(manifest, target))
 
 
-def _read_tokenizer(path: Path) -> bytes:
+def _read_tokenizer(path: Path, name: str) -> bytes:
     if not path.is_file():
-        raise UsageError("there is no such tokenizer file", expected=TOKENIZER, found="a folder" if path.is_dir()
-                         else "nothing", where=path, fix=f"give the file {TOKENIZER} itself")
+        raise UsageError("there is no such tokenizer file", expected=name, found="a folder" if path.is_dir()
+                         else "nothing", where=path, fix=f"give the file {name} itself")
     # In a cache of models it is a link.
     content = read_file(path.resolve(), _LIMIT_BYTES)
+    if name == TOKENIZER_MODEL:
+        _check_takes_text(content, path)
+        return content
     try:
         described = json.loads(content)
         fits = isinstance(described, dict) and isinstance(described.get("model"), dict)
@@ -117,6 +124,21 @@ def _read_tokenizer(path: Path) -> bytes:
                          expected='a JSON object with "model"', found=repr(content[:40]),
                          fix="save it with tokenizer.save(...) of tokenizers, or save_pretrained of transformers")
     return content
+
+
+def _check_takes_text(content: bytes, path: Path) -> None:
+    """Raises unless the bytes are an ONNX model whose inputs are texts."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        inputs = onnx.load_model_from_string(content).graph.input
+        types = [onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type) for value in inputs]
+    except DecodeError as error:
+        raise UsageError("the file is no ONNX model", found=repr(content[:40]), where=path) from error
+    if types != ["STRING"]:
+        raise UsageError("the model is no tokenizer", expected="one input of texts",
+                         found=", ".join(types) or "no inputs", where=path)
 
 
 def _triton_config(manifest: Manifest, name: str) -> str:

@@ -195,7 +195,7 @@ class Manifest(_Record):
         target: What the engine is bound to beyond the runtime, such as "gpu_architecture" or "plugin_abi".
         created_with: Versions of what took part in building it.
         tokenizer: The file of the tokenizer that makes the inputs from text, if the folder has one: what the
-            tokenizers package writes.
+            tokenizers package writes, or an ONNX model that takes texts.
         files: Every file of the folder but the manifest, by relative path with forward slashes.
     """
 

@@ -6,6 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
+import onnx
+import onnx.parser
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
@@ -141,6 +143,25 @@ def test_where_a_bundle_may_go(engine, tokenizer, tmp_path):
 def test_a_tokenizer_that_the_manifest_does_not_list_is_refused(engine):
     with pytest.raises(ValueError, match=r"tokenizer 'absent\.json' is not one of the files"):
         write_manifest(engine, FIELDS | {"tokenizer": "absent.json"})
+
+
+def test_a_tokenizer_may_be_a_model_that_takes_texts(engine, tmp_path):
+    texts = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["": 18]>
+        main (string[N] text) => (string[N] same) { same = Identity (text) }""")
+    onnx.save_model(texts, tmp_path / "some.onnx")
+    made = package(engine, tmp_path / "bundle", tokenizer=tmp_path / "some.onnx")
+    assert made.manifest.tokenizer == "tokenizer.onnx"
+    assert (made.folder / "tokenizer.onnx").read_bytes() == (tmp_path / "some.onnx").read_bytes()
+    numbers = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["": 18]>
+        main (float[N] x) => (float[N] same) { same = Identity (x) }""")
+    onnx.save_model(numbers, tmp_path / "numbers.onnx")
+    with pytest.raises(UsageError, match="no tokenizer\n  expected: one input of texts\n  found: FLOAT"):
+        package(engine, tmp_path / "other", tokenizer=tmp_path / "numbers.onnx")
+    (tmp_path / "none.onnx").write_bytes(b"no model")
+    with pytest.raises(UsageError, match="no ONNX model"):
+        package(engine, tmp_path / "other", tokenizer=tmp_path / "none.onnx")
+    with pytest.raises(UsageError, match=r"no such tokenizer file\n  expected: tokenizer\.onnx"):
+        package(engine, tmp_path / "other", tokenizer=tmp_path / "absent.onnx")
 
 
 # Triton

@@ -85,7 +85,8 @@ def package(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the bundle goes; with "
         "--triton the model's folder in a model repository, as models/minilm.")],
     tokenizer: Annotated[Path | None, typer.Option(
-        metavar="FILE", help="The tokenizer.json of the model, which goes into the bundle.")] = None,
+        metavar="FILE", help="The model's tokenizer.json, or an ONNX model that takes texts: it goes into the bundle."
+    )] = None,
     triton: Annotated[bool, typer.Option("--triton", help="Write a model for Triton Inference Server.")] = False,
     overwrite: opt.Overwrite = False,
     as_json: opt.AsJson = False,

@@ -6,11 +6,14 @@ name; its library of ONNX Runtime is the Python package's.
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
+import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import modcompile.engine
 from modcompile.bundle import package
+from modcompile.doctor import find_ort_headers
 from modcompile.engine import build_engine, load_engine
 from modcompile.errors import IntegrityError, ModcompileError, RuntimeUnavailableError, UsageError
 from modcompile.manifest import MANIFEST_NAME, METADATA_KEY, ModelMetadata, RoutedBlock, _seal
@@ -549,7 +553,7 @@ def example(request, configure, tmp_path_factory):
     command("cmake", "--install", folder / "native", "--prefix", folder / "first")
     (folder / "first").rename(folder / "prefix")
     command("cmake", "-S", ROOT / "examples" / "cpp", "-B", folder / "build",
-            f"-DCMAKE_PREFIX_PATH={folder / 'prefix'}")
+            f"-DCMAKE_PREFIX_PATH={folder / 'prefix'}", f"-DONNXRUNTIME_INCLUDE_DIR={find_ort_headers()}")
     command("cmake", "--build", folder / "build")
     return folder / "build" / "run_bundle"
 
@@ -594,6 +598,47 @@ def test_the_example_runs_minilm(example, tmp_path):
     save(tmp_path / "out", expected)
     printed = command(example, tmp_path / "engine", tmp_path / "in", tmp_path / "out", 3, 1)
     assert printed.count("as expected, bit for bit") == len(expected)
+
+
+@pytest.mark.weights
+def test_the_example_embeds_text(example, tmp_path):
+    """MiniLM on sentences, in C++ from the text on, and in Python with the tokenizers package."""
+    import torch
+    from tokenizers import Tokenizer
+    from weights import minilm, minilm_folder
+
+    import modcompile as mc
+
+    extensions = importlib.util.find_spec("onnxruntime_extensions")
+    library = next(Path(sysconfig.get_config_var("LIBDIR")).glob("libpython3.*.so.*"), None)
+    if extensions is None or library is None:
+        pytest.skip("there is no onnxruntime-extensions, or no libpython that its library needs")
+    extensions = next(Path(extensions.origin).parent.glob("_extensions_pydll*.so"))
+    rows, length = 4, 32
+    inputs = {"input_ids": torch.randint(1000, 20_000, (2, 16)), "attention_mask": torch.ones(2, 16, dtype=torch.long)}
+    model = mc.convert(minilm(), inputs, mc.MoDConfig(attend_to="all", gate="straight-through"))
+    mc.build_engine(model, tmp_path / "engine", shapes={"input_ids": (rows, length)}).close()
+    tokenizer = minilm_folder() / "tokenizer.json"
+    command(sys.executable, ROOT / "examples" / "tokenizer_onnx.py", tokenizer, "-o", tmp_path / "tokenizer.onnx")
+    package(tmp_path / "engine", tmp_path / "bundle", tokenizer=tmp_path / "tokenizer.onnx")
+    texts = ["It was raining.", "Il pleuvait à Liège, c'était l'été!", "", "word " * 99, "Others pass by: 50 % (of 2)."]
+    printed = command(example.with_name("embed_text"), tmp_path / "bundle", extensions, input="\n".join(texts) + "\n",
+                      env={**os.environ, "LD_PRELOAD": str(library)})
+    found = np.array([line.split() for line in printed.splitlines()], np.float64)
+
+    python = Tokenizer.from_file(str(tokenizer))
+    python.enable_truncation(length)
+    python.enable_padding(length=length)
+    with load_engine(tmp_path / "bundle") as engine:
+        assert len(found) == len(texts) > rows
+        for text, vector in zip(texts, found, strict=True):
+            encoding = python.encode(text)
+            given = {"input_ids": encoding.ids, "attention_mask": encoding.attention_mask,
+                     "token_type_ids": encoding.type_ids}
+            arrays = {spec.name: np.tile(given[spec.name], (rows, 1)) for spec in engine.inputs}
+            hidden = engine.run(arrays)["last_hidden_state"][0]  # [S, D]
+            expected = hidden[np.array(encoding.attention_mask) > 0].sum(0, dtype=np.float64)
+            np.testing.assert_allclose(vector, expected / np.linalg.norm(expected), atol=1e-6)
 
 
 @pytest.mark.slow
