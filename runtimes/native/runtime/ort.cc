@@ -306,7 +306,9 @@ Error not_opened(const Ort::Exception& error, const std::string& path, const std
   if (is_out_of_memory(text)) {
     return {ErrorKind::kOther, "there is too little memory for the engine", {"", text, path, kMoreMemory}};
   }
-  if (error.GetOrtErrorCode() == ORT_EP_FAIL) {
+  // A library of the provider's that is missing, or a GPU, is a failure of no kind in ONNX Runtime.
+  if (error.GetOrtErrorCode() == ORT_EP_FAIL || text.find("libonnxruntime_providers") != std::string::npos ||
+      text.find("CUDA failure") != std::string::npos) {
     return {ErrorKind::kRuntimeUnavailable, "an execution provider did not start", {joined(providers), text, path, ""}};
   }
   return {ErrorKind::kUnsupportedGraph, "ONNX Runtime does not run this model", {"", text, path, ""}};
