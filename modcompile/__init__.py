@@ -25,6 +25,7 @@ __all__ = [
     "find_blocks",
     "load",
     "load_engine",
+    "package",
     "trace_routing",
     "verify",
 ]
@@ -39,6 +40,7 @@ from modcompile import errors
 if TYPE_CHECKING:
     from modcompile.bench import benchmark
     from modcompile.blocks import find_blocks
+    from modcompile.bundle import package
     from modcompile.capture import capture
     from modcompile.config import MoDConfig
     from modcompile.convert import convert
@@ -64,6 +66,7 @@ _HOMES = {
     "find_blocks": "modcompile.blocks",
     "load": "modcompile.saving",
     "load_engine": "modcompile.engine",
+    "package": "modcompile.bundle",
     "trace_routing": "modcompile.trace",
     "verify": "modcompile.verify",
 }
