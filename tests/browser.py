@@ -12,6 +12,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +23,12 @@ import pytest
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
          "--disable-background-networking", "--disable-component-update", "--hide-scrollbars")
 LIMIT_S = 60
+# Puts two descriptors in the places 3 and 4, and becomes the program.
+START = """import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+os.dup2(ends[0], 3)
+os.dup2(ends[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])"""
 
 
 def chromium() -> str:
@@ -41,7 +48,7 @@ class Browser:
         self.back, write = os.pipe()
         # Chromium reads commands from descriptor 3 and answers on 4.
         self.process = subprocess.Popen(
-            ["sh", "-c", f'exec "$0" "$@" 3<&{read} 4>&{write}', chromium(), *FLAGS, "--remote-debugging-pipe",
+            [sys.executable, "-c", START, str(read), str(write), chromium(), *FLAGS, "--remote-debugging-pipe",
              f"--user-data-dir={self.profile.name}", "about:blank"], pass_fds=(read, write),
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(read)
@@ -124,8 +131,9 @@ class Page:
 
     def point(self, selector: str) -> None:
         """Moves the pointer to the middle of the first element that fits."""
-        box = self.run(f"(() => {{ const e = document.querySelector({selector!r}); e.scrollIntoView({{block: 'center'}});"
-                       "const b = e.getClientRects()[0]; return [b.x + b.width / 2, b.y + b.height / 2]; })()")
+        box = self.run(f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
+                       "e.scrollIntoView({block: 'center'}); const b = e.getClientRects()[0];"
+                       "return [b.x + b.width / 2, b.y + b.height / 2]; })()")
         self.send("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
 
     def press(self, key: str) -> None:

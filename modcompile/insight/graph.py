@@ -80,8 +80,9 @@ def picture_of(mod: MoDModel) -> Picture:
         if node.target == router_path(path):
             steps.append(Step("router", _shape(node, letters), "float32 logits"))
         elif node.target == path:
-            inside = any(str(inner.target) == "modcompile.gather_rows.default" for inner in routed.bodies[path].nodes)
-            steps.append(Step("block", _shape(node, letters), "all rows' keys and values" if inside else "K rows alone"))
+            inside = "modcompile.gather_rows.default" in map(str, [n.target for n in routed.bodies[path].nodes])
+            note = "all rows' keys and values" if inside else "K rows alone"
+            steps.append(Step("block", _shape(node, letters), note))
         elif (kind := OUR_OPS.get(str(node.target))) and not (kind == "gather rows" and _of_side(node, hidden)):
             steps.append(Step(kind, _shape(node, letters), {
                 "route": "the K best, ascending", "merge rows": f"gate {mod.config.gate}",
@@ -121,7 +122,8 @@ def _shape(node: torch.fx.Node, letters: dict[sympy.Expr, str]) -> str:
 
 
 def _blocks(program: Program, dense: Program) -> tuple[str, ...]:
-    return tuple(node.target for node in program.graph.nodes if node.op == "call_module" and node.target in dense.bodies)
+    return tuple(node.target for node in program.graph.nodes
+                 if node.op == "call_module" and node.target in dense.bodies)
 
 
 def _count(program: Program) -> int:

@@ -187,8 +187,8 @@ def measure(mod: MoDModel, passages: Sequence[Passage], *, batch: int = 4, pad: 
             say: Callable[[str], None] = lambda text: None) -> Insight:
     """Runs the routed, the dense and the pruned model over passages.
 
-    The pruned model lacks the blocks that, each dropped alone, spoil the loss of the first batch least: the strong form of
-    the control.
+    The pruned model lacks the blocks that, each dropped alone, spoil the loss of the first batch least: the strong form
+    of the control.
 
     Args:
         mod: The routed model. Its mode is put back afterwards.

@@ -1,9 +1,9 @@
 """Writes what was measured as one HTML page: no file beside it, no network, and nothing that a text could inject.
 
 The text, the maps and the tables are in the HTML itself, so that the page says what it has to say with scripts off, to
-a screen reader and on paper; a small script adds what hovering and arrow keys show. Charts are tables with bars in their
-cells, and drawings are inline SVG. plotly.js alone would be 4 MB in a page of a few hundred kB, and a screen reader
-reads none of its charts.
+a screen reader and on paper; a small script adds what hovering and arrow keys show. Charts are tables with bars in
+their cells, and drawings are inline SVG. plotly.js alone would be 4 MB in a page of a few hundred kB, and a screen
+reader reads none of its charts.
 """
 
 __all__ = ["render", "write_page"]
@@ -62,7 +62,9 @@ def render(mod: MoDModel, insight: Insight, *, model: str, text: str) -> str:
     environment.filters |= {"percent": _percent, "engineering": _engineering}
     script = (_FOLDER / "page.js").read_text(encoding="utf-8")
     paths = [block.path for block in insight.blocks]
-    prefix = os.path.commonprefix(paths).rpartition(".")[0]
+    # All blocks of one list share what is before the last dot.
+    prefixes = {path.rpartition(".")[0] for path in paths}
+    prefix = prefixes.pop() if len(prefixes) == 1 else ""
     names = {path: path.removeprefix(f"{prefix}.") for path in paths}
     shown = insight.passages[:SHOWN]
     counts = Counter(word for item in insight.passages for word in item.passage.ids)
