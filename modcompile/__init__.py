@@ -18,6 +18,7 @@ __all__ = [
     "__version__",
     "benchmark",
     "build_engine",
+    "calibrate",
     "capture",
     "convert",
     "errors",
@@ -39,6 +40,7 @@ from modcompile import errors
 if TYPE_CHECKING:
     from modcompile.bench import benchmark
     from modcompile.blocks import find_blocks
+    from modcompile.calibration import calibrate
     from modcompile.capture import capture
     from modcompile.config import MoDConfig
     from modcompile.convert import convert
@@ -58,6 +60,7 @@ _HOMES = {
     "MoDModel": "modcompile.model",
     "benchmark": "modcompile.bench",
     "build_engine": "modcompile.engine",
+    "calibrate": "modcompile.calibration",
     "capture": "modcompile.capture",
     "convert": "modcompile.convert",
     "export_onnx": "modcompile.export",
