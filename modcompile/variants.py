@@ -20,8 +20,8 @@ from modcompile.passes.take_first_rows import TakeFirstRows
 from modcompile.shapes import shape_exprs
 from modcompile.spec import TensorSpec, dtype_name
 
-__all__ = ["block_paths", "dense_model", "masked_model", "oracle_model", "other_attention_model", "pruned_blocks",
-           "pruned_model", "with_routing_outputs"]
+__all__ = ["block_paths", "dense_model", "dropped_blocks", "masked_model", "oracle_model", "other_attention_model",
+           "pruned_blocks", "pruned_model", "with_routing_outputs"]
 
 
 def dense_model(mod: MoDModel) -> GraphModel:
@@ -42,7 +42,7 @@ def oracle_model(mod: MoDModel, *, merge: bool = False) -> GraphModel:
     config = mod.config
     split = config.attend_to == "all" and config.axis == "token"
     stages = [SplitFusedQkv(paths), AttendToAll(paths)] if split else []
-    return mod.variant(mod.dense_program, *stages,
+    return mod.variant(mod.dense_program, *_dropped(mod), *stages,
                        TakeFirstRows(paths, ratios, config.axis, config.capacity_multiple, merge))
 
 
@@ -58,7 +58,7 @@ def masked_model(mod: MoDModel) -> GraphModel:
         raise UsageError("only a model that routes tokens has a masked form", expected="axis token",
                          found=f"axis {mod.config.axis}", where="masked_model")
     paths, ratios = (tuple(getattr(block, name) for block in mod.routed_blocks) for name in ("path", "capacity_ratio"))
-    return mod.variant(mod.dense_program,
+    return mod.variant(mod.dense_program, *_dropped(mod),
                        RouteBlocks(paths, ratios, mod.config.gate, "token", padding_mask(mod, mod.config), masked=True),
                        RoundCapacity(mod.config.capacity_multiple), routers=True)
 
@@ -66,13 +66,25 @@ def masked_model(mod: MoDModel) -> GraphModel:
 def other_attention_model(mod: MoDModel) -> GraphModel:
     """The routed model, on the same routers, whose chosen rows attend to all rows if it was to chosen ones, or back."""
     config = mod.config.model_copy(update={"attend_to": "chosen" if mod.config.attend_to == "all" else "all"})
-    return mod.variant(mod.dense_program, *routing_passes(mod, list(mod.routers), config), routers=True)
+    stages = [*_dropped(mod), *routing_passes(mod, list(mod.routers), config)]
+    return mod.variant(mod.dense_program, *stages, routers=True)
 
 
 def block_paths(mod: MoDModel) -> list[str]:
     """Every outlined block, in the model's order: what can be dropped, and whose borders can be compared."""
     return [node.target for node in mod.dense_program.graph.nodes
             if node.op == "call_module" and node.target in mod.dense_program.bodies]
+
+
+def dropped_blocks(mod: MoDModel) -> list[str]:
+    """The blocks of the dense model that the routed one leaves out, as a calibrated model may."""
+    left = {node.target for node in mod.program.graph.nodes if node.op == "call_module"}
+    return [path for path in block_paths(mod) if path not in left]
+
+
+def _dropped(mod: MoDModel) -> list[PruneBlocks]:
+    paths = tuple(dropped_blocks(mod))
+    return [PruneBlocks(paths)] if paths else []
 
 
 def pruned_model(mod: MoDModel, blocks: Sequence[str]) -> GraphModel:

@@ -29,7 +29,7 @@ from modcompile.model import GraphModel, MoDModel
 from modcompile.ops import route
 from modcompile.passes.routing_outputs import ROLES
 from modcompile.spec import TensorSpec, dtype_from_name
-from modcompile.variants import block_paths, with_routing_outputs
+from modcompile.variants import block_paths, dropped_blocks, with_routing_outputs
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -289,7 +289,8 @@ class _Case:
         axes = {block.path: block.axis for block in self.mod.routed_blocks}
         done: list[Comparison] = []
         routing: list[RoutingDifference] = []
-        for path in block_paths(self.mod):
+        dropped = dropped_blocks(self.mod)
+        for path in (path for path in block_paths(self.mod) if path not in dropped):
             for role in ("logits", "gate", "output") if path in axes else ("output",):
                 name = f"routing.{path}.{role}"
                 rows = self._valid_for("sequence") if role == "logits" and axes[path] == "sequence" else \

@@ -131,6 +131,8 @@ def text_batches(text: str, tokenizer: Any, inputs: Sequence[str], *, batch: int
                  sequences: int = 256) -> list[dict[str, Tensor]]:
     """A text as calls of a model: consecutive sequences of full length, spread evenly over the whole text.
 
+    Each begins and ends with the special tokens that the tokenizer puts around a text.
+
     Args:
         text: What to read.
         tokenizer: A transformers tokenizer, or anything called alike.
@@ -146,13 +148,27 @@ def text_batches(text: str, tokenizer: Any, inputs: Sequence[str], *, batch: int
     if "input_ids" not in inputs or not set(inputs) <= set(fill):
         raise UsageError("a text cannot be made into the inputs of this model", expected=", ".join(fill),
                          found=", ".join(inputs), where="text_batches", fix="give calibrate tensors, from Python")
+    before, after = _special_tokens(tokenizer)
+    inner = rows - len(before) - len(after)
+    if inner < 1:
+        raise UsageError("the sequences are too short", expected=f"more than the {rows - inner} special tokens",
+                         found=f"{rows} tokens", where="text_batches")
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
-    whole = len(ids) // rows
+    whole = len(ids) // inner
     if whole < batch:
-        raise UsageError("the text is too short", expected=f"{batch * rows} tokens, for one batch of {batch} x {rows}",
+        raise UsageError("the text is too short", expected=f"{batch * inner} tokens, for one batch of {batch} x {rows}",
                          found=f"{len(ids)} tokens", where="text_batches", fix="more text, or a smaller batch")
     taken = min(sequences, whole) // batch * batch
     picked = torch.arange(max(taken, batch)) * whole // max(taken, batch)
-    made = ids[:whole * rows].view(whole, rows)[picked]
+    parts = ids[:whole * inner].view(whole, inner)[picked]
+    made = torch.cat([before.expand(len(parts), -1), parts, after.expand(len(parts), -1)], 1)
     return [{name: part if (value := fill[name]) is None else torch.full_like(part, value) for name in inputs}
             for part in made.split(batch)]
+
+
+def _special_tokens(tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """What a tokenizer puts before and after a text, told from a text of one letter."""
+    bare, full = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    start = next((i for i in range(len(full) - len(bare) + 1) if full[i:i + len(bare)] == bare), 0)
+    before, after = full[:start], full[start + len(bare):]
+    return torch.tensor(before, dtype=torch.int64), torch.tensor(after, dtype=torch.int64)

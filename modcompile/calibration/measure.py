@@ -11,22 +11,21 @@ from torch import Tensor
 
 from modcompile.calibration.batches import Batch
 from modcompile.calibration.fit import RouterFit
-from modcompile.calibration.objective import Objective
+from modcompile.calibration.trials import DENSE, DROPPED, State, Trials
+from modcompile.config import capacity
 from modcompile.errors import UsageError
-from modcompile.model import GraphModel
+from modcompile.ops import route
 
 # B batch  S rows  D model dim
 
 
-def measure(dense: GraphModel, paths: Sequence[str], batches: Sequence[Batch], objective: Objective, *, draws: int,
-            seed: int) -> dict[str, RouterFit]:
+def measure(trials: Trials, state: State, batches: Sequence[Batch], *, draws: int, seed: int) -> dict[str, RouterFit]:
     """Goes through the batches once and gathers, for each block, what fits its router to the rows' importance.
 
     Args:
-        dense: The dense model, its blocks outlined.
-        paths: The blocks.
+        trials: The model, with its routers and its objective.
+        state: The ratio of each block. Updates that it leaves out are computed too, and left out.
         batches: What to run it on; one at a time is held.
-        objective: What it costs to leave an update out.
         draws: Random scalars, and so backward passes, per batch.
         seed: Of the draws.
 
@@ -37,54 +36,68 @@ def measure(dense: GraphModel, paths: Sequence[str], batches: Sequence[Batch], o
     device = batches[0].inputs[0].device
     generator = torch.Generator(device).manual_seed(seed)
     for number, batch in enumerate(batches):
-        states, scores = importance(dense, paths, batch, objective, draws, generator, f"batches[{number}]")
-        for path in paths:
+        states, scores = importance(trials, state, batch, draws, generator, f"batches[{number}]")
+        for path in trials.paths:
             fit = fits.setdefault(path, RouterFit(states[path].shape[-1], device))
             fit.add(states[path], scores[path], batch.valid)
     return fits
 
 
-def importance(dense: GraphModel, paths: Sequence[str], batch: Batch, objective: Objective, draws: int,
-               generator: torch.Generator, where: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def importance(trials: Trials, state: State, batch: Batch, draws: int, generator: torch.Generator, where: str
+               ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What enters each block, [B, S, D], and how much its update of each row matters, [B, S].
 
-    To leave out a row's update u = y - x moves the loss by about (g . u), g its gradient at y. The loss of one text
-    has tokens that were easy by luck, so g is drawn as the objective says, and the importance is the log of the mean
-    (g . u)^2: of the Fisher norm of u, or of the change it makes in the outputs.
+    To put in or leave out a row's update u = y - x moves the outputs by about g . u, g the gradient behind the block,
+    drawn as the objective says. With few draws (g . u)^2 is mostly noise; its bound |g| |u| is not, and the root of
+    that, whose largest values are no outliers, is what a linear router predicts best.
     """
-    run = _Updates(dense.graph_module, paths)
+    run = _Updates(trials, state, batch)
     with torch.enable_grad():
         outputs = run.run(*batch.inputs)
-        for path, (_, after) in run.updates.items():
-            if not batch.rows(after.detach()).isfinite().all():
+        for path, (_, update, _) in run.seen.items():
+            if not batch.rows(update).isfinite().all():
                 raise UsageError("a block's output is not a number", expected="finite rows", found="NaN or infinity",
                                  where=f"{path}, {where}", fix="calibrate in float32, and look at the weights")
-        results = [after for _, after in run.updates.values()]
+        results = [result for _, _, result in run.seen.values()]
         squares: dict[str, Tensor] = {}
         for left in reversed(range(draws)):
-            drawn = objective.draw(outputs, batch, generator)
+            drawn = trials.objective.draw(outputs, batch, generator)
             grads = torch.autograd.grad(drawn, results, retain_graph=left > 0)
-            for (path, (before, after)), grad in zip(run.updates.items(), grads, strict=True):
-                part = (grad.float() * (after - before).detach().float()).sum(-1).square()
+            for path, grad in zip(run.seen, grads, strict=True):
+                part = grad.float().square().sum(-1)
                 squares[path] = squares.get(path, torch.zeros_like(part)) + part
-    states = {path: before.detach() for path, (before, _) in run.updates.items()}
-    return states, {path: (total / draws).clamp(min=torch.finfo(total.dtype).tiny).log()
-                    for path, total in squares.items()}
+    return ({path: before for path, (before, _, _) in run.seen.items()},
+            {path: ((squares[path] / draws).sqrt() * update.float().norm(dim=-1)).sqrt()
+             for path, (_, update, _) in run.seen.items()})
 
 
 class _Updates(torch.fx.Interpreter):
-    """Runs the model and keeps what enters and what leaves each block."""
+    """Runs the dense model, leaves out the updates that a state does, and keeps what enters and what leaves blocks."""
 
-    def __init__(self, graph_module: torch.fx.GraphModule, paths: Sequence[str]):
-        super().__init__(graph_module)
-        self.paths = frozenset(paths)
-        self.updates: dict[str, tuple[Tensor, Tensor]] = {}
+    def __init__(self, trials: Trials, state: State, batch: Batch):
+        super().__init__(trials.dense.graph_module)
+        self.state, self.routers, self.valid = state, trials.mod.routers, batch.valid
+        # Of each block: its input, every row's update, and its output with gradients.
+        self.seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def run_node(self, node: torch.fx.Node) -> Any:
-        if node.op != "call_module" or node.target not in self.paths:
+        path = str(node.target)
+        if node.op != "call_module" or path not in self.state:
             return super().run_node(node)
         before, after = self.env[node.args[0]], super().run_node(node)
-        if not after.requires_grad:
-            after = after.detach().requires_grad_()
-        self.updates[str(node.target)] = before, after
-        return after
+        result = after
+        if self.state[path] != DENSE:
+            chosen = self._chosen(path, before.detach())  # [B, S]
+            result = torch.where(chosen[..., None], after, before)
+        if not result.requires_grad:
+            result = result.detach().requires_grad_()
+        self.seen[path] = before.detach(), (after - before).detach(), result
+        return result
+
+    def _chosen(self, path: str, hidden: Tensor) -> Tensor:
+        chosen = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        if self.state[path] == DROPPED:
+            return chosen
+        with torch.no_grad():
+            logits = self.routers[path](hidden)
+        return chosen.scatter(1, *route(logits, self.valid, capacity(self.state[path], hidden.shape[1])))

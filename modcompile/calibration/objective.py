@@ -1,6 +1,9 @@
-"""What a change of the model costs, as a number: the loss of the next token, or how far the outputs move."""
+"""What a change of the model costs, as a number: of the distribution it predicts, of a text, or of its outputs.
 
-__all__ = ["NextToken", "Objective", "OutputChange", "choose_objective"]
+Which of them fits is told by the kind of the outputs, never by the model's name.
+"""
+
+__all__ = ["Divergence", "NextToken", "Objective", "ObjectiveKind", "OutputChange", "choose_objective"]
 
 import dataclasses
 from typing import ClassVar, Literal, Protocol
@@ -17,6 +20,7 @@ from modcompile.sample_inputs import index_limits
 # B batch  S rows  V vocabulary
 
 Outputs = tuple[Tensor, ...]
+ObjectiveKind = Literal["auto", "divergence", "next-token", "outputs"]
 
 
 class Objective(Protocol):
@@ -24,21 +28,56 @@ class Objective(Protocol):
 
     name: ClassVar[str]
 
-    def reference(self, outputs: Outputs) -> Outputs | None:
+    def reference(self, outputs: Outputs) -> Outputs:
         """What ``measure`` needs of the dense model's outputs."""
 
-    def measure(self, outputs: Outputs, batch: Batch, reference: Outputs | None) -> tuple[Tensor, int]:
+    def measure(self, outputs: Outputs, batch: Batch, reference: Outputs) -> tuple[Tensor, int]:
         """The loss summed over what it is the mean of, and the number of summands."""
 
     def draw(self, outputs: Outputs, batch: Batch, generator: torch.Generator) -> Tensor:
         """A random scalar whose gradient g, for a small change u of the model, has E[(g . u)^2] = the change's cost."""
 
 
+def _draw_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """The cross entropy of labels that the model itself might have given for logits [N, V].
+
+    Here E[(g . u)^2] is u's Fisher norm, to second order twice the KL divergence that u causes.
+    """
+    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
+@dataclasses.dataclass(frozen=True)
+class Divergence:
+    """The KL divergence of what the model predicts from what the dense model did, in nats per valid row.
+
+    In expectation over text that the dense model finds likely it is what the text's loss grows by, without the noise of
+    which words the text happens to have: a few thousand rows tell blocks apart.
+
+    Attributes:
+        logits: Which output is [B, S, V].
+    """
+
+    name: ClassVar[str] = "divergence"
+    logits: int
+
+    def reference(self, outputs: Outputs) -> Outputs:
+        """The dense model's logits."""
+        return (outputs[self.logits],)
+
+    def measure(self, outputs: Outputs, batch: Batch, reference: Outputs) -> tuple[Tensor, int]:
+        """The sum over valid rows, and their number."""
+        made, dense = (batch.rows(logits).float().log_softmax(-1) for logits in (outputs[self.logits], reference[0]))
+        return F.kl_div(made, dense, reduction="sum", log_target=True), len(made)
+
+    def draw(self, outputs: Outputs, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Labels from the model's own distribution."""
+        return _draw_labels(batch.rows(outputs[self.logits]).float(), generator)
+
+
 @dataclasses.dataclass(frozen=True)
 class NextToken:
-    """Cross entropy of the next token, in nats; what is drawn are labels from the model's own distribution.
-
-    For these E[(g . u)^2] is u's Fisher norm, to second order twice the KL divergence that u causes.
+    """Cross entropy of the text's next token, in nats.
 
     Attributes:
         logits: Which output is [B, S, V]; ``words``: which input is [B, S].
@@ -48,11 +87,11 @@ class NextToken:
     logits: int
     words: int
 
-    def reference(self, outputs: Outputs) -> Outputs | None:
+    def reference(self, outputs: Outputs) -> Outputs:
         """Nothing: the text is the reference."""
-        return None
+        return ()
 
-    def measure(self, outputs: Outputs, batch: Batch, reference: Outputs | None) -> tuple[Tensor, int]:
+    def measure(self, outputs: Outputs, batch: Batch, reference: Outputs) -> tuple[Tensor, int]:
         """The sum over predicted tokens, and their number."""
         logits, words = outputs[self.logits][:, :-1], batch.inputs[self.words][:, 1:]
         if batch.valid is not None:
@@ -61,10 +100,8 @@ class NextToken:
         return F.cross_entropy(logits.flatten(0, -2).float(), words.flatten(), reduction="sum"), words.numel()
 
     def draw(self, outputs: Outputs, batch: Batch, generator: torch.Generator) -> Tensor:
-        """The cross entropy of labels that the model itself might have given."""
-        logits = batch.rows(outputs[self.logits]).float()
-        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
-        return F.cross_entropy(logits, labels, reduction="sum")
+        """Labels from the model's own distribution: one text has tokens that were easy by luck."""
+        return _draw_labels(batch.rows(outputs[self.logits]).float(), generator)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,14 +117,14 @@ class OutputChange:
     name: ClassVar[str] = "outputs"
     outputs: tuple[int, ...]
 
-    def reference(self, outputs: Outputs) -> Outputs | None:
+    def reference(self, outputs: Outputs) -> Outputs:
         """The dense model's outputs."""
-        return outputs
+        return tuple(outputs[i] for i in self.outputs)
 
-    def measure(self, outputs: Outputs, batch: Batch, reference: Outputs | None) -> tuple[Tensor, int]:
+    def measure(self, outputs: Outputs, batch: Batch, reference: Outputs) -> tuple[Tensor, int]:
         """The change of one batch."""
-        assert reference is not None
-        pairs = [(self._rows(outputs[i], batch), self._rows(reference[i], batch)) for i in self.outputs]
+        pairs = [(self._rows(outputs[i], batch), self._rows(dense, batch))
+                 for i, dense in zip(self.outputs, reference, strict=True)]
         shares = [(made - dense).square().sum() / dense.square().sum().clamp(min=torch.finfo(dense.dtype).tiny)
                   for made, dense in pairs]
         return torch.stack(shares).mean(), 1
@@ -105,38 +142,26 @@ class OutputChange:
         return (batch.rows(output) if output.shape[:2] == shape else output).float()
 
 
-def choose_objective(dense: GraphModel, batch: Batch, kind: Literal["auto", "next-token", "outputs"]) -> Objective:
+def choose_objective(dense: GraphModel, kind: ObjectiveKind) -> Objective:
     """The objective that fits a model.
 
-    "auto" takes the next token where words [B, S], such as ``input_ids``, are looked up in a table of V rows, and an
-    output [B, S, V] does not look ahead, as a call with another last word tells.
+    "auto" takes the divergence where words [B, S], such as ``input_ids``, are looked up in a table of V rows and an
+    output is [B, S, V]: it predicts words. Else it takes the change of the outputs.
 
     Raises:
-        UsageError: The next token is asked for, and the model has no such logits; or outputs, and none is of floats.
+        UsageError: A prediction of words is asked for, and the model has no such logits; or outputs, and none is of
+            floats.
     """
     shown = f"{dense.interface.summary()} -> {', '.join(map(str, dense.outputs))}"
     limits = index_limits(dense)
     pairs = [(logits, words) for words, given in enumerate(dense.inputs) for logits, made in enumerate(dense.outputs)
              if given.name in limits and made.shape == (*given.shape, limits[given.name]) and "float" in made.dtype]
-    if len(pairs) == 1 and kind != "outputs" and (kind == "next-token" or _looks_back(dense, batch, *pairs[0])):
-        return NextToken(*pairs[0])
-    if kind == "next-token":
-        raise UsageError("the model predicts no next token", expected="words [B, S] and logits of them [B, S, V]",
+    if len(pairs) == 1 and kind != "outputs":
+        return NextToken(*pairs[0]) if kind == "next-token" else Divergence(pairs[0][0])
+    if kind in ("divergence", "next-token"):
+        raise UsageError("the model predicts no words", expected="words [B, S] and logits of them [B, S, V]",
                          found=shown, where="objective", fix='objective="outputs"')
     floats = tuple(i for i, spec in enumerate(dense.outputs) if "float" in spec.dtype)
     if not floats:
         raise UsageError("no output can be compared", expected="one of floats", found=shown, where="objective")
     return OutputChange(floats)
-
-
-def _looks_back(dense: GraphModel, batch: Batch, logits: int, words: int) -> bool:
-    """Whether the logits of earlier rows stay the same when the last valid word of each sequence is another."""
-    before = batch.inputs[words]
-    place = torch.arange(before.shape[1], device=before.device).expand_as(before)
-    last = (place if batch.valid is None else place.where(batch.valid, -1)).amax(1, keepdim=True)  # [B, 1]
-    after = before.where(place != last, (before == 0).to(before.dtype))
-    earlier = place < last if batch.valid is None else batch.valid & (place < last)
-    with torch.no_grad():
-        first, second = (dense.run_graph([words_now if i == words else tensor for i, tensor in enumerate(batch.inputs)])
-                         [logits][earlier] for words_now in (before, after))
-    return torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(first.abs().max()) if first.numel() else 0)

@@ -27,6 +27,17 @@ def test_a_text_becomes_sequences_from_all_over_it():
     assert len(text_batches(text, letters, ["input_ids"], batch=2, rows=4, sequences=99)) == 6
 
 
+def test_a_sequence_has_the_special_tokens_of_a_text():
+    def framed(text, add_special_tokens=True, **_):
+        ids = [ord(letter) for letter in text]
+        return {"input_ids": [1, *ids, 2, 3] if add_special_tokens else ids}
+
+    (call,) = text_batches("abcde", framed, ["input_ids"], batch=2, rows=5)
+    assert call["input_ids"].tolist() == [[1, 97, 98, 2, 3], [1, 99, 100, 2, 3]]
+    with pytest.raises(UsageError, match="the sequences are too short"):
+        text_batches("abcde", framed, ["input_ids"], batch=2, rows=3)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

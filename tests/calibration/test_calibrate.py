@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn import functional
 
 import modcompile as mc
-from modcompile.calibration import calibrate, pruning_order
+from modcompile.calibration import calibrate, calibrate_each, pruning_order
 from modcompile.cli import main
 from modcompile.errors import UnsupportedGraphError, UsageError
 from modcompile.flops import count_flops
-from modcompile.variants import dense_model, pruned_blocks
+from modcompile.variants import dense_model, dropped_blocks, masked_model, oracle_model, pruned_blocks, pruned_model
 
 # B batch  S rows  V vocabulary
 B, S, V = 2, 24, 13
@@ -60,7 +60,7 @@ def test_the_budget_is_met_as_flops_are_counted(result):
 
 def test_the_report_tells_how_it_came_about(result):
     report = result.report
-    assert report["objective"] == "next-token"
+    assert report["objective"] == "divergence"
     assert set(report["attend_to"]) == {"all", "chosen"}
     better = min(way["loss"] for way in report["attend_to"].values())
     assert report["loss"]["calibrated"] == better == report["attend_to"][result.mod.config.attend_to]["loss"]
@@ -80,11 +80,49 @@ def test_it_is_a_conversion_with_these_ratios_and_routers(graph, result):
         assert torch.equal(again(texts()[0]), result.mod(texts()[0]))
 
 
-def test_the_reported_loss_is_the_models(result):
+def divergence(model, dense, calls):
     with torch.no_grad():
-        losses = [functional.cross_entropy(result.mod(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-                  for ids in texts()]  # fmt: skip
-    assert result.report["loss"]["calibrated"] == pytest.approx(float(sum(losses)) / len(losses), rel=1e-5)
+        made, before = (torch.cat([each(ids) for ids in calls]).double().log_softmax(-1) for each in (model, dense))
+    return float((before.exp() * (before - made)).sum(-1).mean())
+
+
+BUDGETS = (0.9, 0.8, 0.7, 0.6)
+# A mean of differences of logarithms in float32.
+ROUNDING = 1e-7
+
+
+@pytest.fixture(scope="module")
+def results(graph):
+    return dict(zip(BUDGETS, calibrate_each(graph, texts(2), BUDGETS[::-1], ratios=(0.25, 0.5), attend_to="all"),
+                    strict=True))  # fmt: skip
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_the_calibrated_model_is_never_worse_than_the_pruned_one(graph, results, budget):
+    mod, report = results[budget].mod, results[budget].report
+    order = pruning_order(graph, texts(2), budget)
+    flops = count_flops(graph, SIZES)
+    pruned = next(model for n in range(1, len(order))
+                  if count_flops(model := pruned_model(mod, order[:n]), SIZES) <= budget * flops)  # fmt: skip
+    losses = [divergence(model, graph, texts(2)) for model in (mod, pruned)]
+    assert losses[0] <= losses[1] + ROUNDING
+    assert [report["loss"][name] for name in ("calibrated", "pruned")] == pytest.approx(losses, rel=1e-3, abs=ROUNDING)
+    assert report["budget"] == budget
+    assert count_flops(mod, SIZES) / flops == pytest.approx(report["flops"]) and report["flops"] <= budget
+
+
+def test_blocks_that_are_worth_nothing_are_left_out(graph, tmp_path):
+    result = calibrate(graph, texts(2), 0.6, ratios=(0.25, 0.5), attend_to="all", objective="outputs")
+    mod, dropped = result.mod, dropped_blocks(result.mod)
+    assert dropped == ["stack.layers.1"]
+    assert [path for path, block in result.report["blocks"].items() if block["ratio"] == "0"] == dropped
+    # The graphs that it is compared with leave them out too, but for the dense one.
+    assert dropped_blocks(mod) == dropped and count_flops(dense_model(mod), SIZES) == count_flops(graph, SIZES)
+    assert count_flops(oracle_model(mod), SIZES) <= count_flops(mod, SIZES)
+    with torch.no_grad():
+        expected = mod(texts()[0])
+        torch.testing.assert_close(masked_model(mod)(texts()[0]), expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(mc.load(mod.save_pretrained(tmp_path / "made"))(texts()[0]), expected)
 
 
 def test_the_same_arguments_give_the_same_model_which_routes_what_does_least(graph):
@@ -95,7 +133,7 @@ def test_the_same_arguments_give_the_same_model_which_routes_what_does_least(gra
     assert again.report == first.report
     for path, router in first.mod.routers.items():
         assert torch.equal(router.weight, again.mod.routers[path].weight)
-    assert list(first.mod.routers) == ["stack.layers.1"]
+    assert [path for path, block in first.report["blocks"].items() if block["ratio"] != "1"] == ["stack.layers.1"]
 
 
 def test_padding_does_not_matter():
@@ -143,7 +181,7 @@ def test_blocks_that_cannot_attend_to_all_rows_attend_to_chosen_ones():
         (dict(batches=iter(())), "calibration goes through its batches many times"),
         (dict(budget=0.0), "the budget does not fit"),
         (dict(budget=1.0), "the budget does not fit"),
-        (dict(budget=0.1), r"the budget cannot be met\n  expected: at least 0\.\d+: 1/8 of the rows"),
+        (dict(budget=0.01), r"the budget cannot be met\n  expected: at least 0\.\d+: nothing in each of 3 blocks"),
         (dict(ratios=()), "a ratio does not fit"),
         (dict(ratios=(0.5, 1.0)), "a ratio does not fit"),
         (dict(draws=0), "an option is too small"),
@@ -161,7 +199,7 @@ def test_weights_that_are_not_numbers_name_the_block():
     model = Stack(*(Mlp() for _ in range(3)))
     with torch.no_grad():
         model.layers[1].up.weight[0, 0] = torch.nan
-    with pytest.raises(UsageError, match="a block's output is not a number") as raised:
+    with pytest.raises(UsageError, match="is not a number") as raised:
         calibrate(model, [(randn(B, S, WIDTH),)], 0.8)
     assert raised.value.details["where"].startswith("layers.1")
 
@@ -198,7 +236,7 @@ def test_convert_calibrates(folder, tmp_path, capfd):
     assert call("convert", folder, "-o", made, *options, "--json") == 0
     data = json.loads(capfd.readouterr().out)
     report = data["calibration"]
-    assert (report["objective"], report["rows"]) == ("next-token", 26 * 32)
+    assert (report["objective"], report["rows"]) == ("divergence", 26 * 32)
     assert report["flops"] <= 0.9
     mod = mc.load(made)
     assert mod.config.attend_to == "all" and all(router.weight.any() for router in mod.routers.values())

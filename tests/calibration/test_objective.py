@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from modcompile.calibration.batches import Batch
-from modcompile.calibration.objective import NextToken, OutputChange, choose_objective
+from modcompile.calibration.objective import Divergence, NextToken, OutputChange, choose_objective
 from modcompile.capture import capture
 from modcompile.errors import UsageError
 
@@ -33,10 +33,18 @@ def words(seed=0):
 def test_the_next_token_counts_between_valid_rows():
     ids, logits = words(), randn(B, S, V)
     valid = torch.arange(S) < torch.tensor([[S], [4], [1]])
-    total, count = NextToken(0, 0).measure((logits,), Batch([ids], valid), None)
+    total, count = NextToken(0, 0).measure((logits,), Batch([ids], valid), ())
     by_hand = [functional.cross_entropy(logits[b, t], ids[b, t + 1]) for b, n in ((0, S), (1, 4), (2, 1))
                for t in range(n - 1)]
     assert (float(total), count) == (pytest.approx(float(sum(by_hand)), rel=1e-5), len(by_hand))
+
+
+def test_the_divergence_counts_valid_rows():
+    dense, made = randn(B, S, V), randn(B, S, V, seed=1)
+    valid = torch.arange(S) < torch.tensor([[S], [4], [1]])
+    total, count = Divergence(0).measure((made,), Batch([], valid), Divergence(0).reference((dense,)))
+    p, q = (logits[valid].double().softmax(-1) for logits in (dense, made))
+    assert (float(total), count) == (pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5), S + 4 + 1)
 
 
 def test_the_outputs_change_by_their_valid_rows_alone():
@@ -47,11 +55,12 @@ def test_the_outputs_change_by_their_valid_rows_alone():
     assert (float(share), count) == (pytest.approx(float(expected), rel=1e-5), 1)
 
 
-def test_drawn_labels_give_twice_the_divergence_of_a_small_change():
+@pytest.mark.parametrize("objective", [NextToken(0, 0), Divergence(0)])
+def test_drawn_labels_give_twice_the_divergence_of_a_small_change(objective):
     logits, change = randn(1, 1, V).requires_grad_(), 1e-2 * randn(1, 1, V, seed=1)
     generator, batch, squares = torch.Generator().manual_seed(0), Batch([torch.zeros(1, 1, dtype=torch.long)], None), 0
     for _ in range(2000):
-        (grad,) = torch.autograd.grad(NextToken(0, 0).draw((logits,), batch, generator), logits)
+        (grad,) = torch.autograd.grad(objective.draw((logits,), batch, generator), logits)
         squares += float((grad * change).sum() ** 2) / 2000
     with torch.no_grad():
         before, after = logits.double().log_softmax(-1), (logits.double() + change).log_softmax(-1)
@@ -69,25 +78,19 @@ def test_drawn_directions_give_the_squared_change():
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_the_next_token_is_for_models_that_do_not_look_ahead(causal):
+def test_the_divergence_is_for_models_that_predict_words(causal):
     graph = capture(Words(causal), {"ids": words()})
-    batch = Batch([words(1)], None)
-    assert choose_objective(graph, batch, "auto") == (NextToken(0, 0) if causal else OutputChange((0,)))
-    assert choose_objective(graph, batch, "next-token") == NextToken(0, 0)
-    assert choose_objective(graph, batch, "outputs") == OutputChange((0,))
+    assert choose_objective(graph, "auto") == choose_objective(graph, "divergence") == Divergence(0)
+    assert choose_objective(graph, "next-token") == NextToken(0, 0)
+    assert choose_objective(graph, "outputs") == OutputChange((0,))
 
 
-def test_a_change_in_padding_tells_nothing_of_looking_ahead():
-    graph = capture(Words(causal=False), {"ids": words()})
-    valid = torch.arange(S) < torch.tensor([[S - 2], [4], [1]])
-    assert choose_objective(graph, Batch([words(1)], valid), "auto") == OutputChange((0,))
-
-
-def test_logits_of_another_vocabulary_are_no_next_token():
+def test_logits_of_another_vocabulary_predict_no_words():
     graph = capture(Words(kept=5), {"ids": words()})
-    assert choose_objective(graph, Batch([words()], None), "auto") == OutputChange((0,))
-    with pytest.raises(UsageError, match="the model predicts no next token"):
-        choose_objective(graph, Batch([words()], None), "next-token")
+    assert choose_objective(graph, "auto") == OutputChange((0,))
+    for kind in ("divergence", "next-token"):
+        with pytest.raises(UsageError, match="the model predicts no words"):
+            choose_objective(graph, kind)
 
 
 def test_outputs_of_integers_cannot_be_compared():
@@ -96,4 +99,4 @@ def test_outputs_of_integers_cannot_be_compared():
             return super().forward(ids).argmax(-1)
 
     with pytest.raises(UsageError, match="no output can be compared"):
-        choose_objective(capture(Best(), {"ids": words()}), Batch([words()], None), "auto")
+        choose_objective(capture(Best(), {"ids": words()}), "auto")

@@ -10,7 +10,7 @@ from tolerances import TOLERANCES
 
 import modcompile as mc
 from modcompile.calibration.batches import bind_batches
-from modcompile.calibration.trials import DENSE, DROPPED, Trials
+from modcompile.calibration.trials import DENSE, DROPPED, Trials, _Trial
 from modcompile.errors import UsageError
 from modcompile.flops import count_flops
 from modcompile.variants import dense_model, pruned_model
@@ -62,6 +62,47 @@ def test_a_trial_is_the_converted_model(attend_to):
     assert trials.loss(dict.fromkeys(trials.paths, DENSE)) <= EAGER**2
 
 
+def test_a_trial_computes_the_same_from_a_settled_state():
+    _, trials = trials_of("all")
+    state = dict.fromkeys(trials.paths, DENSE) | {"layers.0": Fraction(1, 2), "layers.2": Fraction(1, 4)}
+    trials.forget()
+    fresh = {path: trials.loss(state | {path: Fraction(1, 8)}) for path in trials.paths}
+    trials.forget()
+    trials.settle(state)
+    ran, counts, run_node = [], [], _Trial.run_node
+
+    def counted(self, node):
+        ran.append(node.name)
+        return run_node(self, node)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Trial, "run_node", counted)
+        for path in trials.paths:
+            ran.clear()
+            assert trials.loss(state | {path: Fraction(1, 8)}) == fresh[path]
+            counts.append(len(ran))
+            # What was measured once is known.
+            trials.loss(state | {path: Fraction(1, 8)})
+            assert len(ran) == counts[-1]
+    # The deeper the block, the less is left to run.
+    assert counts[0] > counts[1] > counts[2]
+
+
+def test_routers_that_changed_are_measured_again():
+    _, trials = trials_of("all")
+    state = dict.fromkeys(trials.paths, DENSE) | {"layers.1": Fraction(1, 4)}
+    trials.settle(state)
+    before, router = trials.loss(state), trials.mod.routers["layers.1"]
+    with torch.no_grad():
+        router.weight.neg_()
+    trials.forget()
+    assert trials.loss(state) != before
+    with torch.no_grad():
+        router.weight.neg_()
+    trials.forget()
+    assert trials.loss(state) == before
+
+
 def test_a_dropped_block_is_the_pruned_models():
     graph, trials = trials_of("chosen")
     state = dict.fromkeys(trials.paths, DENSE) | {"layers.0": DROPPED, "layers.2": DROPPED}
@@ -71,7 +112,9 @@ def test_a_dropped_block_is_the_pruned_models():
 
 
 def test_a_loss_that_is_not_a_number_names_the_block():
-    graph, trials = trials_of("chosen")
+    graph, _ = trials_of("chosen")
+    config = mc.MoDConfig(blocks="all", gate="straight-through")
+    trials = Trials(graph, config, "auto", bind_batches(graph, batches(), config))
     bias = graph.get_parameter("layers.2.mlp.down.bias")
     before = bias.detach().clone()
     with torch.no_grad():
