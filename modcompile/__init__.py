@@ -18,6 +18,7 @@ __all__ = [
     "__version__",
     "benchmark",
     "build_engine",
+    "calibrate",
     "capture",
     "convert",
     "errors",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from modcompile.bench import benchmark
     from modcompile.blocks import find_blocks
     from modcompile.bundle import package
+    from modcompile.calibration import calibrate
     from modcompile.capture import capture
     from modcompile.config import MoDConfig
     from modcompile.convert import convert
@@ -60,6 +62,7 @@ _HOMES = {
     "MoDModel": "modcompile.model",
     "benchmark": "modcompile.bench",
     "build_engine": "modcompile.engine",
+    "calibrate": "modcompile.calibration",
     "capture": "modcompile.capture",
     "convert": "modcompile.convert",
     "export_onnx": "modcompile.export",

@@ -16,6 +16,7 @@ from modcompile.model import GraphModel, MoDModel
 from modcompile.pass_manager import Pass, PassManager
 from modcompile.passes.attend_to_all import AttendToAll
 from modcompile.passes.outline_blocks import OutlineBlocks
+from modcompile.passes.prune_blocks import PruneBlocks
 from modcompile.passes.round_capacity import RoundCapacity
 from modcompile.passes.route_blocks import RouteBlocks
 from modcompile.passes.split_fused_qkv import SplitFusedQkv
@@ -23,7 +24,7 @@ from modcompile.program import Program
 from modcompile.routers import make_router, router_path
 from modcompile.shapes import fake_inputs, propagate
 
-__all__ = ["at_capacity", "convert", "padding_mask", "routing_passes"]
+__all__ = ["at_capacity", "convert", "dropping_passes", "padding_mask", "routing_passes"]
 
 DEFAULT_MASK = "attention_mask"
 
@@ -96,6 +97,7 @@ def routing_passes(source: GraphModel, routed: list[str], config: MoDConfig) -> 
     # A whole sequence attends to itself either way, so only rows need the split.
     split = config.attend_to == "all" and config.axis == "token"
     return [
+        *dropping_passes(config),
         *([
             # Queries of rows that pass by are never needed: a fused projection would compute them.
             SplitFusedQkv(paths),
@@ -107,6 +109,11 @@ def routing_passes(source: GraphModel, routed: list[str], config: MoDConfig) -> 
         # Last: it needs the capacities that routing computes.
         RoundCapacity(config.capacity_multiple),
     ]
+
+
+def dropping_passes(config: MoDConfig) -> list[Pass]:
+    """What leaves out the blocks that nothing is routed through."""
+    return [PruneBlocks(config.dropped)] if config.dropped else []
 
 
 def padding_mask(source: GraphModel, config: MoDConfig) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import sympy
 import torch
 
-from modcompile.convert import routing_passes
+from modcompile.convert import dropping_passes, routing_passes
 from modcompile.errors import UsageError
 from modcompile.flops import count_flops, flops_by_module
 from modcompile.interface import Interface
@@ -20,8 +20,8 @@ from modcompile.passes.take_first_rows import TakeFirstRows
 from modcompile.shapes import shape_exprs
 from modcompile.spec import TensorSpec, dtype_name
 
-__all__ = ["block_paths", "dense_model", "masked_model", "oracle_model", "other_attention_model", "pruned_blocks",
-           "pruned_model", "with_routing_outputs"]
+__all__ = ["block_paths", "dense_model", "masked_model", "oracle_model", "other_attention_model",
+           "pruned_blocks", "pruned_model", "with_routing_outputs"]
 
 
 def dense_model(mod: MoDModel) -> GraphModel:
@@ -42,7 +42,7 @@ def oracle_model(mod: MoDModel, *, merge: bool = False) -> GraphModel:
     config = mod.config
     split = config.attend_to == "all" and config.axis == "token"
     stages = [SplitFusedQkv(paths), AttendToAll(paths)] if split else []
-    return mod.variant(mod.dense_program, *stages,
+    return mod.variant(mod.dense_program, *dropping_passes(config), *stages,
                        TakeFirstRows(paths, ratios, config.axis, config.capacity_multiple, merge))
 
 

@@ -289,7 +289,7 @@ class _Case:
         axes = {block.path: block.axis for block in self.mod.routed_blocks}
         done: list[Comparison] = []
         routing: list[RoutingDifference] = []
-        for path in block_paths(self.mod):
+        for path in (path for path in block_paths(self.mod) if path not in self.mod.config.dropped):
             for role in ("logits", "gate", "output") if path in axes else ("output",):
                 name = f"routing.{path}.{role}"
                 rows = self._valid_for("sequence") if role == "logits" and axes[path] == "sequence" else \

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Group
 from rich.text import Text
 
 from modcompile.cli import options as opt
@@ -65,18 +66,47 @@ def convert(
     model: opt.ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the converted model goes.")],
     conversion: opt.Conversion,
+    calibrate: Annotated[Path | None, typer.Option(
+        metavar="TEXT", help="A UTF-8 text to calibrate on: blocks, ratios and routers are measured, for --budget. Of "
+        "the options of a conversion it goes with --blocks, --attend-to and --padding-mask.")] = None,
+    budget: Annotated[float | None, typer.Option(
+        help="With --calibrate: the share of the dense model's FLOPs to stay within, such as 0.6.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(
+        metavar="FOLDER", help="With --calibrate: the folder of the tokenizer, if it is not MODEL.")] = None,
+    sequences: Annotated[int | None, typer.Option(
+        min=1, help="With --calibrate: the largest number of sequences to take; 256 by default.")] = None,
+    shape: opt.Shapes = None,
     overwrite: opt.Overwrite = False,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Converts a dense model into Mixture-of-Depths form and saves it."""
-    config = opt.config_from(**conversion)
+    """Converts a dense model into Mixture-of-Depths form and saves it.
+
+    With --calibrate it does not need training; --shape input_ids=8x512 says how the text is cut.
+    """
+    report = None
     with working("loading the model") as say:
-        mod = _converted(model, config, say)
+        if calibrate is None:
+            for option, value in (("--budget", budget), ("--tokenizer", tokenizer), ("--sequences", sequences),
+                                  ("--shape", shape)):
+                if value:
+                    raise UsageError(f"{option} is for calibration", found=value, where=option,
+                                     fix="add --calibrate TEXT, or leave it out")
+            mod = _converted(model, opt.config_from(**conversion), say)
+        else:
+            mod, report = _calibrated(model, calibrate, budget, tokenizer or Path(model), sequences or 256,
+                                      opt.read_shapes(shape), conversion, say)
         say("saving")
         mod.save_pretrained(output, overwrite=overwrite)
         say("counting")
         summary = summarise(mod)
-    emit(as_json, {"output": str(output), **summary}, summary_table(str(output), summary))
+    data = {"output": str(output), **summary}
+    shown = summary_table(str(output), summary)
+    if report is not None:
+        data["calibration"] = report
+        loss = report["loss"]
+        shown = Group(shown, Text(f"calibrated on {report['rows']} rows: {report['flops']:.1%} of the FLOPs, "
+                                  f"{report['objective']} loss {loss['calibrated']:.4f}, dense {loss['dense']:.4f}"))
+    emit(as_json, data, shown)
 
 
 @opt.takes_conversion
@@ -121,6 +151,40 @@ def export(
     files = {str(file): file.stat().st_size for file in (path, path.with_name(f"{path.name}.data")) if file.exists()}
     emit(as_json, {"output": str(path), "opset": opset, "precision": precision, "files": files},
          table(f"opset {opset}, {precision}", ("file", "bytes"), [(n, engineering(size)) for n, size in files.items()]))
+
+
+def _calibrated(model: str, text: Path, budget: float | None, tokenizer: Path, sequences: int,
+                shapes: dict[str, tuple[int, ...]] | None, conversion: opt.Conversion, say: Callable[[str], None]
+                ) -> tuple["MoDModel", dict[str, Any]]:
+    """A dense model calibrated on a text, and the report of it."""
+    from modcompile.calibration import calibrate, read_text, text_batches, tokenizer_of
+    from modcompile.capture import capture
+    from modcompile.load_source import load_source
+
+    kept = {name: conversion[name] for name in ("blocks", "attend_to", "padding_mask") if name in conversion}
+    if set(conversion) - set(kept):
+        raise UsageError("calibration chooses this itself", expected="--blocks, --attend-to and --padding-mask",
+                         found=", ".join(f"--{name.replace('_', '-')}" for name in conversion if name not in kept),
+                         where="--calibrate", fix="leave it out")
+    if budget is None:
+        raise UsageError("calibration needs a budget", expected="--budget 0.6, a share of the dense model's FLOPs",
+                         found="none", where="--calibrate")
+    size = (shapes or {}).get("input_ids", (8, 512))
+    if set(shapes or {}) - {"input_ids"} or len(size) != 2:
+        raise UsageError("a text is cut into batches of one shape", expected="--shape input_ids=8x512", found=shapes,
+                         where="--shape")
+    if "blocks" in kept:
+        kept["blocks"] = opt.config_from(blocks=kept["blocks"]).blocks
+    words, reader = read_text(text), tokenizer_of(tokenizer)
+    source = load_source(model)
+    if source.converted:
+        raise UsageError("the model is converted already", where=model, fix="name the dense model it came from")
+    say("capturing the graph")
+    graph = capture(source.model, source.example_inputs)
+    batches = text_batches(words, reader, [spec.name for spec in graph.inputs], batch=size[0],
+                           rows=size[1], sequences=sequences)
+    result = calibrate(graph, batches, budget, say=say, **kept)
+    return result.mod, result.report
 
 
 def _converted(model: str, config: "MoDConfig", say: Callable[[str], None]) -> "MoDModel":

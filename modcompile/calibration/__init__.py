@@ -1,0 +1,12 @@
+"""A pretrained dense model becomes a routed one without training: measured importance, fitted routers, chosen blocks.
+
+``batches`` says what a model is calibrated on, ``objective`` what a change costs, ``measure`` how much each row's
+update matters, ``fit`` how that becomes a router, ``trials`` and ``choose`` which blocks are routed; ``procedure`` is
+the whole.
+"""
+
+__all__ = ["CalibrationResult", "calibrate", "calibrate_each", "pruning_order", "read_text", "text_batches",
+           "tokenizer_of"]
+
+from modcompile.calibration.batches import read_text, text_batches, tokenizer_of
+from modcompile.calibration.procedure import CalibrationResult, calibrate, calibrate_each, pruning_order

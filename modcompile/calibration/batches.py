@@ -1,0 +1,174 @@
+"""What a model is calibrated on: calls of it, as tensors from Python or as a text file through its tokenizer."""
+
+__all__ = ["Batch", "bind_batches", "read_text", "sizes_of", "text_batches", "tokenizer_of"]
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modcompile.config import MoDConfig
+from modcompile.convert import padding_mask
+from modcompile.errors import RuntimeUnavailableError, UsageError
+from modcompile.interface import graph_name
+from modcompile.model import GraphModel
+from modcompile.sample_inputs import index_limits
+
+# B batch  S rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One call of the model.
+
+    Attributes:
+        inputs: The graph's inputs, in order.
+        valid: bool [B, S], false at padding; None if every row is valid.
+    """
+
+    inputs: list[Tensor]
+    valid: Tensor | None
+
+    def rows(self, values: Tensor) -> Tensor:
+        """The valid rows of values [B, S, ...], in a row: [N, ...]."""
+        return values.flatten(0, 1) if self.valid is None else values[self.valid]
+
+
+def bind_batches(graph: GraphModel, calls: Sequence[Any], config: MoDConfig) -> list[Batch]:
+    """The calls as inputs of the graph, on its device, each with its padding.
+
+    Raises:
+        UsageError: A call that does not fit the model, words out of its vocabulary, or padding alone.
+    """
+    mask = padding_mask(graph, config)
+    limits = index_limits(graph)
+    device = next(iter(graph.tensors().values())).device
+    names = [spec.name for spec in graph.inputs]
+    made = []
+    for number, call in enumerate(calls):
+        args, kwargs = ((), dict(call)) if isinstance(call, Mapping) else (
+            tuple(call) if isinstance(call, tuple | list) else (call,), {})
+        inputs = [tensor.to(device) for tensor in graph.interface.bind(args, kwargs)]
+        for name, limit in limits.items():
+            _check_words(name, inputs[names.index(name)], limit, number)
+        valid = None
+        if mask is not None:
+            given = inputs[names.index(mask.removeprefix("~"))]
+            valid = given == 0 if mask.startswith("~") else given != 0
+            if not valid.any():
+                raise UsageError("a batch is padding alone", expected="valid rows", found="none",
+                                 where=f"batches[{number}], input {graph_name(mask.removeprefix('~'))}")
+        made.append(Batch(inputs, valid))
+    return made
+
+
+def sizes_of(graph: GraphModel, batch: Batch) -> dict[str, int]:
+    """The size of each symbol of the model's inputs in a batch."""
+    return {dim: size for spec, tensor in zip(graph.inputs, batch.inputs, strict=True)
+            for dim, size in zip(spec.shape, tensor.shape, strict=True) if isinstance(dim, str)}
+
+
+def _check_words(name: str, words: Tensor, limit: int, number: int) -> None:
+    low, high = int(words.min()), int(words.max())
+    if low < 0 or high >= limit:
+        raise UsageError("the tokens are not of this model's vocabulary", expected=f"0 to {limit - 1}",
+                         found=f"{low} to {high}", where=f"batches[{number}], input {name}",
+                         fix="tokenize with the model's own tokenizer")
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        UsageError: A file that is missing, empty, or no text.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UsageError("the text cannot be read", expected="a file", found=error.strerror, where=path) from error
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError("the file is no text", expected="UTF-8", found=f"byte {data[error.start]:#04x} at "
+                         f"{error.start}", where=path, fix="convert it: iconv -t utf-8") from error
+    if "\0" in text:
+        raise UsageError("the file is no text", expected="text without NUL", where=path,
+                         found=f"NUL at character {text.index(chr(0))}")
+    if not text.strip():
+        raise UsageError("the text is empty", expected="some thousand words", found=f"{len(data)} bytes", where=path)
+    return text
+
+
+def tokenizer_of(folder: str | os.PathLike) -> Any:
+    """The tokenizer that lies in a transformers folder. Nothing is downloaded, and no code of the folder is run.
+
+    Raises:
+        UsageError: There is none.
+        RuntimeUnavailableError: transformers is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise RuntimeUnavailableError("a text needs a tokenizer, and so the package transformers", found=error,
+                                      where=folder, fix='pip install "modcompile[hf]"') from error
+    # A model's folder without one would give a tokenizer of its class with a vocabulary of a few words.
+    known = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
+    if not any((Path(folder) / name).is_file() for name in known):
+        raise UsageError("there is no tokenizer", expected=f"a folder with one of {', '.join(known)}", found="none",
+                         where=folder, fix="name the tokenizer's folder: --tokenizer FOLDER")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise UsageError("transformers cannot load the tokenizer", expected="the files of a tokenizer", where=folder,
+                         found=f"{type(error).__name__}: {error}") from error
+
+
+def text_batches(text: str, tokenizer: Any, inputs: Sequence[str], *, batch: int = 8, rows: int = 512,
+                 sequences: int = 256) -> list[dict[str, Tensor]]:
+    """A text as calls of a model: consecutive sequences of full length, spread evenly over the whole text.
+
+    Each begins and ends with the special tokens that the tokenizer puts around a text.
+
+    Args:
+        text: What to read.
+        tokenizer: A transformers tokenizer, or anything called alike.
+        inputs: Names of the model's inputs: input_ids, and of attention_mask and token_type_ids those it takes.
+        batch: B, sequences of a call.
+        rows: S, tokens of a sequence.
+        sequences: The largest number of sequences to take.
+
+    Raises:
+        UsageError: Other inputs than these, or too little text for one batch.
+    """
+    fill = {"input_ids": None, "attention_mask": 1, "token_type_ids": 0}
+    if "input_ids" not in inputs or not set(inputs) <= set(fill):
+        raise UsageError("a text cannot be made into the inputs of this model", expected=", ".join(fill),
+                         found=", ".join(inputs), where="text_batches", fix="give calibrate tensors, from Python")
+    before, after = _special_tokens(tokenizer)
+    inner = rows - len(before) - len(after)
+    if inner < 1:
+        raise UsageError("the sequences are too short", expected=f"more than the {rows - inner} special tokens",
+                         found=f"{rows} tokens", where="text_batches")
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    whole = len(ids) // inner
+    if whole < batch:
+        raise UsageError("the text is too short", expected=f"{batch * inner} tokens, for one batch of {batch} x {rows}",
+                         found=f"{len(ids)} tokens", where="text_batches", fix="more text, or a smaller batch")
+    taken = min(sequences, whole) // batch * batch
+    picked = torch.arange(max(taken, batch)) * whole // max(taken, batch)
+    parts = ids[:whole * inner].view(whole, inner)[picked]
+    made = torch.cat([before.expand(len(parts), -1), parts, after.expand(len(parts), -1)], 1)
+    return [{name: part if (value := fill[name]) is None else torch.full_like(part, value) for name in inputs}
+            for part in made.split(batch)]
+
+
+def _special_tokens(tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """What a tokenizer puts before and after a text, told from a text of one letter."""
+    bare, full = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    start = next((i for i in range(len(full) - len(bare) + 1) if full[i:i + len(bare)] == bare), 0)
+    before, after = full[:start], full[start + len(bare):]
+    return torch.tensor(before, dtype=torch.int64), torch.tensor(after, dtype=torch.int64)

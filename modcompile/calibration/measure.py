@@ -1,0 +1,103 @@
+"""How much each row's update matters, in every block at once: one forward pass and a few backward ones per batch."""
+
+__all__ = ["importance", "measure"]
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor
+
+from modcompile.calibration.batches import Batch
+from modcompile.calibration.fit import RouterFit
+from modcompile.calibration.trials import DENSE, DROPPED, State, Trials
+from modcompile.config import capacity
+from modcompile.errors import UsageError
+from modcompile.ops import route
+
+# B batch  S rows  D model dim
+
+
+def measure(trials: Trials, state: State, batches: Sequence[Batch], *, draws: int, seed: int) -> dict[str, RouterFit]:
+    """Goes through the batches once and gathers, for each block, what fits its router to the rows' importance.
+
+    Args:
+        trials: The model, with its routers and its objective.
+        state: The ratio of each block. Updates that it leaves out are computed too, and left out.
+        batches: What to run it on; one at a time is held.
+        draws: Random scalars, and so backward passes, per batch.
+        seed: Of the draws.
+
+    Raises:
+        UsageError: A block's output is not finite, with the block named.
+    """
+    fits: dict[str, RouterFit] = {}
+    device = batches[0].inputs[0].device
+    generator = torch.Generator(device).manual_seed(seed)
+    for number, batch in enumerate(batches):
+        states, scores = importance(trials, state, batch, draws, generator, f"batches[{number}]")
+        for path in trials.paths:
+            fit = fits.setdefault(path, RouterFit(states[path].shape[-1], device))
+            fit.add(states[path], scores[path], batch.valid)
+    return fits
+
+
+def importance(trials: Trials, state: State, batch: Batch, draws: int, generator: torch.Generator, where: str
+               ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What enters each block, [B, S, D], and how much its update of each row matters, [B, S].
+
+    To put in or leave out a row's update u = y - x moves the outputs by about g . u, g the gradient behind the block,
+    drawn as the objective says. With few draws (g . u)^2 is mostly noise; its bound |g| |u| is not, and the root of
+    that, whose largest values are no outliers, is what a linear router predicts best.
+    """
+    run = _Updates(trials, state, batch)
+    with torch.enable_grad():
+        outputs = run.run(*batch.inputs)
+        for path, (_, update, _) in run.seen.items():
+            if not batch.rows(update).isfinite().all():
+                raise UsageError("a block's output is not a number", expected="finite rows", found="NaN or infinity",
+                                 where=f"{path}, {where}", fix="calibrate in float32, and look at the weights")
+        results = [result for _, _, result in run.seen.values()]
+        squares: dict[str, Tensor] = {}
+        for left in reversed(range(draws)):
+            drawn = trials.objective.draw(outputs, batch, generator)
+            grads = torch.autograd.grad(drawn, results, retain_graph=left > 0)
+            for path, grad in zip(run.seen, grads, strict=True):
+                part = grad.float().square().sum(-1)
+                squares[path] = squares.get(path, torch.zeros_like(part)) + part
+    return ({path: before for path, (before, _, _) in run.seen.items()},
+            {path: ((squares[path] / draws).sqrt() * update.float().norm(dim=-1)).sqrt()
+             for path, (_, update, _) in run.seen.items()})
+
+
+class _Updates(torch.fx.Interpreter):
+    """Runs the dense model, leaves out the updates that a state does, and keeps what enters and what leaves blocks."""
+
+    def __init__(self, trials: Trials, state: State, batch: Batch):
+        super().__init__(trials.dense.graph_module)
+        self.state, self.routers, self.valid = state, trials.mod.routers, batch.valid
+        # Of each block: its input, every row's update, and its output with gradients.
+        self.seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def run_node(self, node: torch.fx.Node) -> Any:
+        path = str(node.target)
+        if node.op != "call_module" or path not in self.state:
+            return super().run_node(node)
+        before, after = self.env[node.args[0]], super().run_node(node)
+        result = after
+        if self.state[path] != DENSE:
+            chosen = self._chosen(path, before.detach())  # [B, S]
+            result = torch.where(chosen[..., None], after, before)
+        if not result.requires_grad:
+            result = result.detach().requires_grad_()
+        self.seen[path] = before.detach(), (after - before).detach(), result
+        return result
+
+    def _chosen(self, path: str, hidden: Tensor) -> Tensor:
+        chosen = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        if self.state[path] == DROPPED:
+            return chosen
+        with torch.no_grad():
+            logits = self.routers[path](hidden)
+        return chosen.scatter(1, *route(logits, self.valid, capacity(self.state[path], hidden.shape[1])))

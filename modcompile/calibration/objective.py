@@ -1,0 +1,167 @@
+"""What a change of the model costs, as a number: of the distribution it predicts, of a text, or of its outputs.
+
+Which of them fits is told by the kind of the outputs, never by the model's name.
+"""
+
+__all__ = ["Divergence", "NextToken", "Objective", "ObjectiveKind", "OutputChange", "choose_objective"]
+
+import dataclasses
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from modcompile.calibration.batches import Batch
+from modcompile.errors import UsageError
+from modcompile.model import GraphModel
+from modcompile.sample_inputs import index_limits
+
+# B batch  S rows  V vocabulary
+
+Outputs = tuple[Tensor, ...]
+ObjectiveKind = Literal["auto", "divergence", "next-token", "outputs"]
+
+
+class Objective(Protocol):
+    """How outputs are judged."""
+
+    name: ClassVar[str]
+
+    def reference(self, outputs: Outputs) -> Outputs:
+        """What ``measure`` needs of the dense model's outputs."""
+
+    def measure(self, outputs: Outputs, batch: Batch, reference: Outputs) -> tuple[Tensor, int]:
+        """The loss summed over what it is the mean of, and the number of summands."""
+
+    def draw(self, outputs: Outputs, batch: Batch, generator: torch.Generator) -> Tensor:
+        """A random scalar whose gradient g, for a small change u of the model, has E[(g . u)^2] = the change's cost."""
+
+
+def _draw_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """The cross entropy of labels that the model itself might have given for logits [N, V].
+
+    Here E[(g . u)^2] is u's Fisher norm, to second order twice the KL divergence that u causes.
+    """
+    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
+@dataclasses.dataclass(frozen=True)
+class Divergence:
+    """The KL divergence of what the model predicts from what the dense model did, in nats per valid row.
+
+    In expectation over text that the dense model finds likely it is what the text's loss grows by, without the noise of
+    which words the text happens to have: a few thousand rows tell blocks apart.
+
+    Attributes:
+        logits: Which output is [B, S, V].
+    """
+
+    name: ClassVar[str] = "divergence"
+    logits: int
+
+    def reference(self, outputs: Outputs) -> Outputs:
+        """The dense model's logits."""
+        return (outputs[self.logits],)
+
+    def measure(self, outputs: Outputs, batch: Batch, reference: Outputs) -> tuple[Tensor, int]:
+        """The sum over valid rows, and their number."""
+        made, dense = (batch.rows(logits).float().log_softmax(-1) for logits in (outputs[self.logits], reference[0]))
+        return F.kl_div(made, dense, reduction="sum", log_target=True), len(made)
+
+    def draw(self, outputs: Outputs, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Labels from the model's own distribution."""
+        return _draw_labels(batch.rows(outputs[self.logits]).float(), generator)
+
+
+@dataclasses.dataclass(frozen=True)
+class NextToken:
+    """Cross entropy of the text's next token, in nats.
+
+    Attributes:
+        logits: Which output is [B, S, V]; ``words``: which input is [B, S].
+    """
+
+    name: ClassVar[str] = "next-token"
+    logits: int
+    words: int
+
+    def reference(self, outputs: Outputs) -> Outputs:
+        """Nothing: the text is the reference."""
+        return ()
+
+    def measure(self, outputs: Outputs, batch: Batch, reference: Outputs) -> tuple[Tensor, int]:
+        """The sum over predicted tokens, and their number."""
+        logits, words = outputs[self.logits][:, :-1], batch.inputs[self.words][:, 1:]
+        if batch.valid is not None:
+            both = batch.valid[:, 1:] & batch.valid[:, :-1]
+            logits, words = logits[both], words[both]
+        return F.cross_entropy(logits.flatten(0, -2).float(), words.flatten(), reduction="sum"), words.numel()
+
+    def draw(self, outputs: Outputs, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Labels from the model's own distribution: one text has tokens that were easy by luck."""
+        return _draw_labels(batch.rows(outputs[self.logits]).float(), generator)
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputChange:
+    """The squared change of the outputs as a share of their square; what is drawn are random directions.
+
+    Rows of padding do not count. Several outputs count alike.
+
+    Attributes:
+        outputs: Which outputs are of floats.
+    """
+
+    name: ClassVar[str] = "outputs"
+    outputs: tuple[int, ...]
+
+    def reference(self, outputs: Outputs) -> Outputs:
+        """The dense model's outputs."""
+        return tuple(outputs[i] for i in self.outputs)
+
+    def measure(self, outputs: Outputs, batch: Batch, reference: Outputs) -> tuple[Tensor, int]:
+        """The change of one batch."""
+        pairs = [(self._rows(outputs[i], batch), self._rows(dense, batch))
+                 for i, dense in zip(self.outputs, reference, strict=True)]
+        shares = [(made - dense).square().sum() / dense.square().sum().clamp(min=torch.finfo(dense.dtype).tiny)
+                  for made, dense in pairs]
+        return torch.stack(shares).mean(), 1
+
+    def draw(self, outputs: Outputs, batch: Batch, generator: torch.Generator) -> Tensor:
+        """The outputs' product with normal random numbers, as shares of their norm."""
+        parts = [self._rows(outputs[i], batch) for i in self.outputs]
+        noise = [torch.randn(part.shape, generator=generator, device=part.device) for part in parts]
+        return torch.stack([(part * along).sum() / part.detach().norm().clamp(min=torch.finfo(part.dtype).tiny)
+                            for part, along in zip(parts, noise, strict=True)]).sum()
+
+    @staticmethod
+    def _rows(output: Tensor, batch: Batch) -> Tensor:
+        shape = None if batch.valid is None else batch.valid.shape
+        return (batch.rows(output) if output.shape[:2] == shape else output).float()
+
+
+def choose_objective(dense: GraphModel, kind: ObjectiveKind) -> Objective:
+    """The objective that fits a model.
+
+    "auto" takes the divergence where words [B, S], such as ``input_ids``, are looked up in a table of V rows and an
+    output is [B, S, V]: it predicts words. Else it takes the change of the outputs.
+
+    Raises:
+        UsageError: A prediction of words is asked for, and the model has no such logits; or outputs, and none is of
+            floats.
+    """
+    shown = f"{dense.interface.summary()} -> {', '.join(map(str, dense.outputs))}"
+    limits = index_limits(dense)
+    pairs = [(logits, words) for words, given in enumerate(dense.inputs) for logits, made in enumerate(dense.outputs)
+             if given.name in limits and made.shape == (*given.shape, limits[given.name]) and "float" in made.dtype]
+    if len(pairs) == 1 and kind != "outputs":
+        return NextToken(*pairs[0]) if kind == "next-token" else Divergence(pairs[0][0])
+    if kind in ("divergence", "next-token"):
+        raise UsageError("the model predicts no words", expected="words [B, S] and logits of them [B, S, V]",
+                         found=shown, where="objective", fix='objective="outputs"')
+    floats = tuple(i for i, spec in enumerate(dense.outputs) if "float" in spec.dtype)
+    if not floats:
+        raise UsageError("no output can be compared", expected="one of floats", found=shown, where="objective")
+    return OutputChange(floats)

@@ -1,0 +1,262 @@
+"""Calibration as a whole, from Python and from the command line."""
+
+import json
+
+import pytest
+import torch
+from tiny import WIDTH, Block, Mlp, Stack, randn
+from torch import nn
+from torch.nn import functional
+
+import modcompile as mc
+from modcompile.calibration import calibrate, calibrate_each, pruning_order
+from modcompile.cli import main
+from modcompile.errors import UnsupportedGraphError, UsageError
+from modcompile.flops import count_flops
+from modcompile.variants import dense_model, dropped_blocks, masked_model, oracle_model, pruned_blocks, pruned_model
+
+# B batch  S rows  V vocabulary
+B, S, V = 2, 24, 13
+SIZES = {"batch": B, "sequence": S}
+
+
+class Decoder(nn.Module):
+    """A causal model of words whose second block does next to nothing."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.stack = nn.Embedding(V, WIDTH), Stack(*(Block(causal=True) for _ in range(3)))
+        with torch.no_grad():
+            for parameter in (self.stack.layers[1].attention.out, self.stack.layers[1].mlp.down):
+                parameter.weight *= 1e-3
+                parameter.bias *= 1e-3
+
+    def forward(self, ids):
+        return functional.linear(self.stack(self.table(ids)), self.table.weight)
+
+
+def texts(count=3):
+    return [torch.randint(V, (B, S), generator=torch.Generator().manual_seed(seed)) for seed in range(count)]
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return mc.capture(Decoder(), (texts()[0],))
+
+
+@pytest.fixture(scope="module")
+def result(graph):
+    return calibrate(graph, texts(), 0.7, ratios=(0.25, 0.5))
+
+
+def test_the_budget_is_met_as_flops_are_counted(result):
+    dense = count_flops(dense_model(result.mod), SIZES)
+    share = count_flops(result.mod, SIZES) / dense
+    # One row of one block.
+    assert 0.7 - 1 / S / 3 <= share <= 0.7
+    assert share == pytest.approx(result.report["flops"])
+
+
+def test_the_report_tells_how_it_came_about(result):
+    report = result.report
+    assert report["objective"] == "divergence"
+    assert set(report["attend_to"]) == {"all", "chosen"}
+    better = min(way["loss"] for way in report["attend_to"].values())
+    assert report["loss"]["calibrated"] == better == report["attend_to"][result.mod.config.attend_to]["loss"]
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_it_is_a_conversion_with_these_ratios_and_routers(graph, result):
+    config = result.mod.config
+    assert config.gate == "straight-through"
+    ratios = [block["ratio"] for block in result.report["blocks"].values() if block["ratio"] != "1"]
+    assert [str(ratio) for ratio in config.ratios(list(result.mod.routers))] == ratios
+    again = mc.convert(graph, config=config)
+    for path, router in again.routers.items():
+        router.load_state_dict(result.mod.routers[path].state_dict())
+        assert router.weight.any()
+    with torch.no_grad():
+        assert torch.equal(again(texts()[0]), result.mod(texts()[0]))
+
+
+def divergence(model, dense, calls):
+    with torch.no_grad():
+        made, before = (torch.cat([each(ids) for ids in calls]).double().log_softmax(-1) for each in (model, dense))
+    return float((before.exp() * (before - made)).sum(-1).mean())
+
+
+BUDGETS = (0.9, 0.8, 0.7, 0.6)
+# A mean of differences of logarithms in float32.
+ROUNDING = 1e-7
+
+
+@pytest.fixture(scope="module")
+def results(graph):
+    return dict(zip(BUDGETS, calibrate_each(graph, texts(2), BUDGETS[::-1], ratios=(0.25, 0.5), attend_to="all"),
+                    strict=True))  # fmt: skip
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_the_calibrated_model_is_never_worse_than_the_pruned_one(graph, results, budget):
+    mod, report = results[budget].mod, results[budget].report
+    order = pruning_order(graph, texts(2), budget)
+    flops = count_flops(graph, SIZES)
+    pruned = next(model for n in range(1, len(order))
+                  if count_flops(model := pruned_model(mod, order[:n]), SIZES) <= budget * flops)  # fmt: skip
+    losses = [divergence(model, graph, texts(2)) for model in (mod, pruned)]
+    assert losses[0] <= losses[1] + ROUNDING
+    assert [report["loss"][name] for name in ("calibrated", "pruned")] == pytest.approx(losses, rel=1e-3, abs=ROUNDING)
+    assert report["budget"] == budget
+    assert count_flops(mod, SIZES) / flops == pytest.approx(report["flops"]) and report["flops"] <= budget
+
+
+def test_blocks_that_are_worth_nothing_are_left_out(graph, tmp_path):
+    result = calibrate(graph, texts(2), 0.6, ratios=(0.25, 0.5), attend_to="all", objective="outputs")
+    mod, dropped = result.mod, dropped_blocks(result.mod)
+    assert dropped == ["stack.layers.1"]
+    assert [path for path, block in result.report["blocks"].items() if block["ratio"] == "0"] == dropped
+    # The graphs that it is compared with leave them out too, but for the dense one.
+    assert dropped_blocks(mod) == dropped and count_flops(dense_model(mod), SIZES) == count_flops(graph, SIZES)
+    assert count_flops(oracle_model(mod), SIZES) <= count_flops(mod, SIZES)
+    with torch.no_grad():
+        expected = mod(texts()[0])
+        torch.testing.assert_close(masked_model(mod)(texts()[0]), expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(mc.load(mod.save_pretrained(tmp_path / "made"))(texts()[0]), expected)
+
+
+def test_the_same_arguments_give_the_same_model_which_routes_what_does_least(graph):
+    options = dict(budget=0.85, ratios=(0.25,), attend_to="chosen", objective="outputs")
+    first = calibrate(graph, texts(1), **options)
+    torch.manual_seed(1)
+    again = mc.calibrate(graph, texts(1), **options)
+    assert again.report == first.report
+    for path, router in first.mod.routers.items():
+        assert torch.equal(router.weight, again.mod.routers[path].weight)
+    assert [path for path, block in first.report["blocks"].items() if block["ratio"] != "1"] == ["stack.layers.1"]
+
+
+def test_padding_does_not_matter():
+    valid = torch.arange(S) < torch.tensor([[S], [9]])
+    model, made = Stack(*(Block() for _ in range(2))), []
+    for noise in (1.0, 100.0):
+        hidden = randn(B, S, WIDTH).where(valid[..., None], noise * randn(B, S, WIDTH, seed=1))
+        made.append(calibrate(model, [{"hidden": hidden, "attention_mask": valid.long()}], 0.8, ratios=(0.25,),
+                              attend_to="chosen"))  # fmt: skip
+    first, second = made
+    assert first.report["objective"] == "outputs" and first.report["rows"] == S + 9
+    assert first.mod.config == second.mod.config
+    assert first.report["loss"]["calibrated"] == pytest.approx(second.report["loss"]["calibrated"], rel=1e-3)
+
+
+def test_the_order_of_pruning_begins_with_the_block_that_does_least(graph, result):
+    order = pruning_order(graph, texts(1), 0.6, objective="outputs")
+    assert order[0] == "stack.layers.1" and sorted(order) == [f"stack.layers.{i}" for i in range(3)]
+    assert pruned_blocks(result.mod, SIZES, order) == ["stack.layers.1"]
+
+
+def test_blocks_that_cannot_attend_to_all_rows_attend_to_chosen_ones():
+    class Twice(nn.Module):
+        """Two attentions: nothing to cut at."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = Block(), Block()
+
+        def forward(self, hidden):
+            return self.second(self.first(hidden))
+
+    model = Stack(Twice(), Twice())
+    result = calibrate(model, [(randn(B, S, WIDTH),)], 0.8, ratios=(0.25,))
+    assert result.mod.config.attend_to == "chosen"
+    assert "cannot attend to all rows" in result.report["attend_to"]["all"]["refused"]
+    with pytest.raises(UnsupportedGraphError, match="cannot attend to all rows"):
+        calibrate(model, [(randn(B, S, WIDTH),)], 0.8, attend_to="all")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(batches=[]), "calibration goes through its batches many times"),
+        (dict(batches=iter(())), "calibration goes through its batches many times"),
+        (dict(budget=0.0), "the budget does not fit"),
+        (dict(budget=1.0), "the budget does not fit"),
+        (dict(budget=0.01), r"the budget cannot be met\n  expected: at least 0\.\d+: nothing in each of 3 blocks"),
+        (dict(ratios=()), "a ratio does not fit"),
+        (dict(ratios=(0.5, 1.0)), "a ratio does not fit"),
+        (dict(draws=0), "an option is too small"),
+        (dict(ridge=0.0), "an option is too small"),
+        (dict(padding_mask="mask"), "padding_mask names no input"),
+        (dict(blocks=[7]), "blocks names no block"),
+    ],
+)
+def test_arguments_that_do_not_fit(graph, options, message):
+    with pytest.raises(UsageError, match=message):
+        calibrate(graph, **dict(batches=texts(), budget=0.7, attend_to="chosen") | options)
+
+
+def test_weights_that_are_not_numbers_name_the_block():
+    model = Stack(*(Mlp() for _ in range(3)))
+    with torch.no_grad():
+        model.layers[1].up.weight[0, 0] = torch.nan
+    with pytest.raises(UsageError, match="is not a number") as raised:
+        calibrate(model, [(randn(B, S, WIDTH),)], 0.8)
+    assert raised.value.details["where"].startswith("layers.1")
+
+
+# The command line
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A transformers folder with a tokenizer of its own."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=27, n_positions=48)
+    transformers.GPT2LMHeadModel(config).save_pretrained(path)
+    words = {letter: i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz ")}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=" "))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=" ").save_pretrained(path)
+    (path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 20)
+    return path
+
+
+def call(*arguments):
+    with pytest.raises(SystemExit) as raised:
+        main([str(argument) for argument in arguments])
+    return raised.value.code or 0
+
+
+def test_convert_calibrates(folder, tmp_path, capfd):
+    made = tmp_path / "made"
+    options = ["--calibrate", folder / "text.txt", "--budget", 0.9, "--shape", "input_ids=2x32", "--attend-to", "all"]
+    assert call("convert", folder, "-o", made, *options, "--json") == 0
+    data = json.loads(capfd.readouterr().out)
+    report = data["calibration"]
+    assert (report["objective"], report["rows"]) == ("divergence", 26 * 32)
+    assert report["flops"] <= 0.9
+    mod = mc.load(made)
+    assert mod.config.attend_to == "all" and all(router.weight.any() for router in mod.routers.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--calibrate", "{text}"], "calibration needs a budget"),
+        (["--budget", "0.9"], "--budget is for calibration"),
+        (["--calibrate", "{text}", "--budget", "0.9", "--gate", "raw"], "calibration chooses this itself"),
+        (["--calibrate", "{text}", "--budget", "0.9", "--shape", "ids=2x32"], "a text is cut into batches"),
+        (["--calibrate", "{text}", "--budget", "0.9", "--shape", "input_ids=2x64"], "does not take these sizes"),
+        (["--calibrate", "{text}", "--budget", "0.9", "--shape", "input_ids=99x32"], "the text is too short"),
+        (["--calibrate", "{text}.no", "--budget", "0.9"], "the text cannot be read"),
+        (["--calibrate", "{text}", "--budget", "0.9", "--tokenizer", "{text}"], "there is no tokenizer"),
+    ],
+)
+def test_options_that_do_not_go_together(folder, tmp_path, capfd, options, message):
+    options = [option.format(text=folder / "text.txt") for option in options]
+    assert call("convert", folder, "-o", tmp_path / "made", *options) == 2
+    assert message in capfd.readouterr().err
+    assert not (tmp_path / "made").exists()
