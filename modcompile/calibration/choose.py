@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
-from modcompile.calibration.trials import DENSE, DROPPED, State, Trials
+from modcompile.calibration.trials import DENSE, State, Trials
 from modcompile.errors import UsageError
 
 # What is left of a budget goes to one block, in steps of this share of its rows.
@@ -59,7 +59,7 @@ class Search:
     @property
     def flops(self) -> int:
         """FLOPs with the state."""
-        return self._flops(self.state)
+        return self.trials.flops(self.state)
 
     def take(self, state: State) -> None:
         """Goes on from another state, or from the same with other routers."""
@@ -79,7 +79,7 @@ class Search:
             UsageError: A budget that the smallest ratio in every block does not meet, with the lowest that it does.
         """
         dense, least = self.trials.dense_flops, dict.fromkeys(self.trials.paths, self.ratios[0])
-        lowest = self._flops(least) / dense
+        lowest = self.trials.flops(least) / dense
         if budget < lowest:
             rows = f"{self.ratios[0]} of the rows" if self.ratios[0] else "nothing"
             raise UsageError("the budget cannot be met", found=budget, where="budget", expected="at least "
@@ -113,7 +113,7 @@ class Search:
         limit = budget * self.trials.dense_flops
         promises = [(first + second, dict([one, other])) for one, first in up.items() for other, second in down.items()
                     if one[0] != other[0]]
-        promises = [each for each in promises if self._flops(self.state | each[1]) <= limit]
+        promises = [each for each in promises if self.trials.flops(self.state | each[1]) <= limit]
         promises.sort(key=lambda each: each[0])
         tried = [(self.trials.loss(self.state | changes), changes) for _, changes in promises[:TRIED]]
         loss, changes = min(tried, key=lambda each: each[0], default=(math.inf, {}))
@@ -130,20 +130,15 @@ class Search:
             if above is None:
                 continue
             # One row more costs nearly the same everywhere between two ratios, which tells where to look.
-            price = (self._flops(self.state | {path: above}) - self.flops) / (above - ratio)
+            price = (self.trials.flops(self.state | {path: above}) - self.flops) / (above - ratio)
             steps = min(int((ratio + Fraction(limit - self.flops) / price) / STEP), STEP.denominator - 1)
-            while steps * STEP > ratio and self._flops(self.state | {path: steps * STEP}) > limit:
+            while steps * STEP > ratio and self.trials.flops(self.state | {path: steps * STEP}) > limit:
                 steps -= 1
             if steps * STEP > ratio:
                 state = self.state | {path: steps * STEP}
                 best = min(best, (self.trials.loss(state, path), state), key=lambda each: each[0])
         if best[1] != self.state:
             self._change({path: ratio for path, ratio in best[1].items() if ratio != self.state[path]})
-
-    def _flops(self, state: State) -> int:
-        """FLOPs of a model with this state: one without a routed block gets a router all the same."""
-        routed = any(DROPPED < ratio < DENSE for ratio in state.values())
-        return self.trials.flops(state) + (0 if routed else self.trials.router_flops)
 
     def _trial(self, path: str, ratio: Fraction) -> float:
         return self.trials.loss(self.state | {path: ratio}, path)
@@ -158,4 +153,4 @@ class Search:
         self.take(self.state | changes)
         for path, ratio in changes.items():
             self.moves.append(Move(path, ratio, self.loss, self.flops / self.trials.dense_flops))
-            self._say(f"{path} to {ratio}: {self.moves[-1].flops:.1%} of the FLOPs, loss {self.loss:.4f}")
+            self._say(f"{path} to {ratio}: {self.moves[-1].flops:.1%} of the FLOPs, loss {self.loss:.4g}")

@@ -13,7 +13,7 @@ from modcompile.calibration import calibrate, calibrate_each, pruning_order
 from modcompile.cli import main
 from modcompile.errors import UnsupportedGraphError, UsageError
 from modcompile.flops import count_flops
-from modcompile.variants import dense_model, dropped_blocks, masked_model, oracle_model, pruned_blocks, pruned_model
+from modcompile.variants import dense_model, masked_model, oracle_model, pruned_blocks, pruned_model
 
 # B batch  S rows  V vocabulary
 B, S, V = 2, 24, 13
@@ -113,11 +113,11 @@ def test_the_calibrated_model_is_never_worse_than_the_pruned_one(graph, results,
 
 def test_blocks_that_are_worth_nothing_are_left_out(graph, tmp_path):
     result = calibrate(graph, texts(2), 0.6, ratios=(0.25, 0.5), attend_to="all", objective="outputs")
-    mod, dropped = result.mod, dropped_blocks(result.mod)
-    assert dropped == ["stack.layers.1"]
-    assert [path for path, block in result.report["blocks"].items() if block["ratio"] == "0"] == dropped
+    mod, dropped = result.mod, result.mod.config.dropped
+    assert dropped == ("stack.layers.1",)
+    assert [path for path, block in result.report["blocks"].items() if block["ratio"] == "0"] == [*dropped]
     # The graphs that it is compared with leave them out too, but for the dense one.
-    assert dropped_blocks(mod) == dropped and count_flops(dense_model(mod), SIZES) == count_flops(graph, SIZES)
+    assert mod.config.dropped == dropped and count_flops(dense_model(mod), SIZES) == count_flops(graph, SIZES)
     assert count_flops(oracle_model(mod), SIZES) <= count_flops(mod, SIZES)
     with torch.no_grad():
         expected = mod(texts()[0])
@@ -125,17 +125,15 @@ def test_blocks_that_are_worth_nothing_are_left_out(graph, tmp_path):
         assert torch.equal(mc.load(mod.save_pretrained(tmp_path / "made"))(texts()[0]), expected)
 
 
-def test_the_same_arguments_give_the_same_model_which_routes_what_does_least(graph):
-    options = dict(budget=0.85, ratios=(0.25,), attend_to="chosen", objective="outputs")
-    first = calibrate(graph, texts(1), **options)
+def test_the_same_arguments_give_the_same_model(graph, results):
     torch.manual_seed(1)
-    again = mc.calibrate(graph, texts(1), **options)
+    first, again = results[0.9], mc.calibrate(graph, texts(2), 0.9, ratios=(0.25, 0.5), attend_to="all")
     assert again.report == first.report
     for path, router in first.mod.routers.items():
         assert torch.equal(router.weight, again.mod.routers[path].weight)
-    assert [path for path, block in first.report["blocks"].items() if block["ratio"] != "1"] == ["stack.layers.1"]
 
 
+@pytest.mark.long
 def test_padding_does_not_matter():
     valid = torch.arange(S) < torch.tensor([[S], [9]])
     model, made = Stack(*(Block() for _ in range(2))), []
@@ -181,7 +179,6 @@ def test_blocks_that_cannot_attend_to_all_rows_attend_to_chosen_ones():
         (dict(batches=iter(())), "calibration goes through its batches many times"),
         (dict(budget=0.0), "the budget does not fit"),
         (dict(budget=1.0), "the budget does not fit"),
-        (dict(budget=0.01), r"the budget cannot be met\n  expected: at least 0\.\d+: nothing in each of 3 blocks"),
         (dict(ratios=()), "a ratio does not fit"),
         (dict(ratios=(0.5, 1.0)), "a ratio does not fit"),
         (dict(draws=0), "an option is too small"),
