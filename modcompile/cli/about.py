@@ -75,7 +75,8 @@ def report(
 def _report_on(mod: "MoDModel", model: str, text: Path, output: Path, tokenizer: Path, by_line: bool, passages: int,
                shapes: dict[str, tuple[int, ...]] | None, say: Callable[[str], None]) -> dict[str, Any]:
     """Writes the page, and returns what it says in short."""
-    from modcompile.insight import measure, read_passages, read_text, tokenizer_of, write_page
+    from modcompile.insight import measure, read_passages, write_page
+    from modcompile.text_file import read_text, tokenizer_of
 
     size = next(iter(shapes.values())) if shapes else (4, 256)
     if len(shapes or ()) > 1 or len(size) != 2:

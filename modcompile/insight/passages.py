@@ -4,15 +4,13 @@ Nothing here knows a tokenizer's conventions. What a token stands for is cut out
 and its kind comes from the Unicode categories of these characters and from the character before them.
 """
 
-__all__ = ["KINDS", "Passage", "kind_of", "read_passages", "read_text", "tokenizer_of"]
+__all__ = ["KINDS", "Passage", "kind_of", "read_passages"]
 
 import dataclasses
-import os
 import unicodedata
-from pathlib import Path
 from typing import Any
 
-from modcompile.errors import RuntimeUnavailableError, UsageError
+from modcompile.errors import UsageError
 
 KINDS = ("word, its start", "word, a later part", "number", "punctuation", "symbol", "space", "mixed",
          "part of a character", "special")
@@ -113,49 +111,3 @@ def _passage(text: str, tokenizer: Any, **options: Any) -> Passage:
             kinds.append(kind_of(text[start:end], start == 0 or text[start - 1].isspace()))
             last = end
     return Passage(tuple(read["input_ids"]), tuple(pieces), tuple(kinds))
-
-
-def read_text(path: str | os.PathLike) -> str:
-    """The text of a UTF-8 file.
-
-    Raises:
-        UsageError: A file that is missing, empty, or no text.
-    """
-    try:
-        text = Path(path).read_bytes().decode("utf-8")
-    except OSError as error:
-        raise UsageError("the text cannot be read", expected="a file", found=error.strerror, where=path) from error
-    except UnicodeDecodeError as error:
-        raise UsageError("the file is no text", expected="UTF-8", found=error, where=path,
-                         fix="convert it: iconv -t utf-8") from error
-    if "\0" in text:
-        raise UsageError("the file is no text", expected="text without NUL", where=path,
-                         found=f"NUL at character {text.index(chr(0))}")
-    if not text.strip():
-        raise UsageError("the text is empty", expected="some thousand words", found=f"{len(text)} characters of space",
-                         where=path)
-    return text
-
-
-def tokenizer_of(folder: str | os.PathLike) -> Any:
-    """The tokenizer that lies in a transformers folder. Nothing is downloaded, and no code of the folder is run.
-
-    Raises:
-        UsageError: There is none.
-        RuntimeUnavailableError: transformers is not installed.
-    """
-    try:
-        import transformers
-    except ImportError as error:
-        raise RuntimeUnavailableError("a text needs a tokenizer, and so the package transformers", found=error,
-                                      where=folder, fix='pip install "modcompile[hf]"') from error
-    # A folder without one would give a tokenizer of the model's class with a vocabulary of a few words.
-    known = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
-    if not any((Path(folder) / name).is_file() for name in known):
-        raise UsageError("there is no tokenizer", expected=f"a folder with one of {', '.join(known)}", found="none",
-                         where=folder, fix="name the folder of the dense model that was converted: --tokenizer FOLDER")
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise UsageError("transformers cannot load the tokenizer", expected="the files of a tokenizer", where=folder,
-                         found=f"{type(error).__name__}: {error}") from error

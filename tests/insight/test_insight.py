@@ -11,7 +11,7 @@ from torch import nn
 
 from modcompile import MoDConfig, convert, trace_routing
 from modcompile.errors import UsageError
-from modcompile.insight import Passage, measure, read_passages, read_text, render, write_page
+from modcompile.insight import Passage, measure, read_passages, render, write_page
 from modcompile.insight.graph import picture_of
 from modcompile.insight.passages import KINDS, kind_of
 
@@ -159,13 +159,6 @@ def test_routed_sequences():
 def test_errors(made, message):
     with pytest.raises(UsageError, match=message):
         made()
-
-
-@pytest.mark.parametrize("content, message", [(b" \n", "empty"), (b"\xff\xfe", "UTF-8"), (b"a\0b", "NUL")])
-def test_what_is_no_text(tmp_path, content, message):
-    (tmp_path / "x").write_bytes(content)
-    with pytest.raises(UsageError, match=message):
-        read_text(tmp_path / "x")
 
 
 def test_the_mode_of_the_model_is_put_back():
