@@ -1,17 +1,19 @@
 """Calibrates a pretrained model without training, and compares it with what a user would pick instead, at equal FLOPs.
 
-    python examples/calibrate.py --text prose.txt --held-out plays=plays.txt --held-out code=code.txt -o calibrated.json
+    python examples/calibrate.py --text prose.txt code.txt --held-out plays=plays.txt news=news.txt -o calibrated.json
     python examples/calibrate.py --tiny     a random model on Python's own sources: that it runs, not what it can do
 
 For each budget, in nats per token of text that was not used: the dense model; pruned, whole blocks dropped, chosen by
-measured loss; calibrated, routed to the pruned model's FLOPs; and the same routed model with random routers. Text of
-another kind than the calibration text shows most. The default sizes want a GPU (--device cuda); two cores take
---batch 4 --rows 128 --sequences 40 --trial-batches 1 --held-out-sequences 16, and some patience.
+measured loss (of the text, and as divergence from the dense model: both, for neither is always better); calibrated, for
+the pruned model's FLOPs; and the same routed model with random routers, the mean of several. Held-out text of another
+kind than the calibration text shows most. The default sizes are some minutes of a large GPU (--device cuda). Two cores
+take --batch 4 --rows 64 --sequences 40 --trial-batches 1 --exchanges 1 --held-out-sequences 16, and an hour.
 """
 
 import argparse
 import doctest
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from pretrained import SMOLLM2, folder_of, smollm2_model
 from torch.nn import functional as F
 
 import modcompile as mc
-from modcompile.calibration import calibrate, pruning_order, read_text, text_batches, tokenizer_of
+from modcompile.calibration import calibrate_each, pruning_order, read_text, text_batches, tokenizer_of
 from modcompile.flops import count_flops
 from modcompile.variants import dense_model, pruned_model
 
@@ -32,7 +34,7 @@ Batches = list[dict[str, torch.Tensor]]
 def tiny_model() -> tuple[torch.nn.Module, Any]:
     """A random model of bytes, and its tokenizer."""
     torch.manual_seed(0)
-    config = hf.GPT2Config(n_embd=32, n_layer=4, n_head=2, vocab_size=256, n_positions=64)
+    config = hf.GPT2Config(n_embd=32, n_layer=3, n_head=2, vocab_size=256, n_positions=64)
     return hf.GPT2LMHeadModel(config).eval(), lambda text, **_: {"input_ids": list(text.encode())}
 
 
@@ -61,53 +63,73 @@ def losses(model: torch.nn.Module, texts: dict[str, Batches]) -> dict[str, float
     return found
 
 
-def randomise(mod: mc.MoDModel, seed: int) -> None:
-    """Gives the routers random directions, of the length that the fitted ones have."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for router in mod.routers.values():
-            noise = torch.randn(router.weight.shape, generator=generator).to(router.weight)
-            router.weight.copy_(noise * router.weight.norm() / noise.norm())
+def random_losses(mod: mc.MoDModel, texts: dict[str, Batches], seeds: int) -> list[dict[str, float]]:
+    """The losses with random routers, of each seed: the same blocks and capacities, rows by chance."""
+    found = []
+    for seed in range(seeds):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for router in mod.routers.values():
+                router.weight.copy_(torch.randn(router.weight.shape, generator=generator))
+        found.append(losses(mod, texts))
+    return found
 
 
 def compare(graph: mc.GraphModel, batches: Batches, texts: dict[str, Batches], options: argparse.Namespace) -> dict:
     """Every figure; what is there so far is written after each budget."""
+    started = time.perf_counter()
     base = mc.convert(graph, config=mc.MoDConfig(blocks="all", capacity_ratio=0.5))
     sizes = {"batch": options.batch, "sequence": options.rows}
     flops = count_flops(dense_model(base), sizes)
     report: dict[str, Any] = {
         "model": options.model.name if options.model else "tiny" if options.tiny else "SmolLM2-135M-Instruct",
-        "sizes": sizes, "device": options.device, "torch": torch.__version__, "seed": options.seed,
-        "calibration": {"text": options.text.name, "rows": sum(batch["input_ids"].numel() for batch in batches),
-                        "trial_batches": options.trial_batches},
+        "sizes": sizes, "device": device_name(options.device), "torch": torch.__version__,
+        "options": {name: getattr(options, name) for name in ("attend_to", "trial_batches", "exchanges", "seed")},
+        "calibration": {"texts": [path.name for path in options.text],
+                        "rows": sum(batch["input_ids"].numel() for batch in batches)},
         "held_out_rows": {name: sum(b["input_ids"].numel() for b in part) for name, part in texts.items()},
         "dense": losses(dense_model(base), texts), "budgets": []}  # fmt: skip
-    order = pruning_order(graph, batches, min(options.budgets), trial_batches=options.trial_batches, say=print)
-    for budget in sorted(options.budgets, reverse=True):
-        pruned = next(model for n in range(1, len(order) + 1)
-                      if count_flops(model := pruned_model(base, order[:n]), sizes) <= budget * flops)
-        share = count_flops(pruned, sizes) / flops
-        result = calibrate(graph, batches, share, attend_to=options.attend_to, trial_batches=options.trial_batches,
-                           seed=options.seed, say=print)  # fmt: skip
-        row = {"budget": budget, "pruned_flops": share, "pruned": losses(pruned, texts),
+    orders = {objective: pruning_order(graph, batches, min(options.budgets), objective=objective, say=print,
+                                       trial_batches=options.trial_batches)
+              for objective in ("next-token", "divergence")}  # fmt: skip
+
+    def pruned(order: list[str], budget: float) -> mc.GraphModel:
+        return next(model for n in range(1, len(order))
+                    if count_flops(model := pruned_model(base, order[:n]), sizes) <= budget * flops)  # fmt: skip
+
+    budgets = sorted(options.budgets, reverse=True)
+    shares = [min(count_flops(pruned(order, budget), sizes) / flops for order in orders.values()) for budget in budgets]
+    results = calibrate_each(graph, batches, shares, attend_to=options.attend_to, trial_batches=options.trial_batches,
+                             exchanges=options.exchanges, seed=options.seed, say=print)  # fmt: skip
+    for budget, share, result in zip(budgets, shares, results, strict=True):
+        row = {"budget": budget, "pruned_flops": share,
+               "pruned": {objective: losses(pruned(order, budget), texts) for objective, order in orders.items()},
                "calibrated_flops": count_flops(result.mod, sizes) / flops, "calibrated": losses(result.mod, texts),
                "report": result.report}  # fmt: skip
-        randomise(result.mod, options.seed)
-        report["budgets"].append(row | {"random": losses(result.mod, texts)})
+        row |= {"random": random_losses(result.mod, texts, options.random_seeds),
+                "seconds": time.perf_counter() - started}
+        report["budgets"].append(row)
         if options.output:
             options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        print(table(report), flush=True)
     return report
+
+
+def device_name(device: str) -> str:
+    """What the figures were taken on."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
 
 
 def table(report: dict) -> str:
     """The figures as Markdown."""
-    def cells(values: dict[str, float]) -> str:
-        return " / ".join(f"{value:.3f}" for value in values.values())
+    def cells(*values: dict[str, float]) -> str:
+        return " / ".join(f"{sum(each[name] for each in values) / len(values):.3f}" for name in report["dense"])
 
     lines = [f"Loss on {' / '.join(report['dense'])}; dense {cells(report['dense'])}.", "",
-             "| FLOPs | pruned | calibrated | random routers |", "|---|---|---|---|"]
-    lines += [f"| {row['calibrated_flops']:.3f} | {cells(row['pruned'])} | {cells(row['calibrated'])} | "
-              f"{cells(row['random'])} |" for row in report["budgets"]]
+             "| FLOPs | pruned by the text's loss | pruned by divergence | random rows | calibrated |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    lines += [f"| {row['calibrated_flops']:.3f} | {' | '.join(map(cells, row['pruned'].values()))} | "
+              f"{cells(*row['random'])} | {cells(row['calibrated'])} |" for row in report["budgets"]]
     return "\n".join(lines)
 
 
@@ -121,14 +143,16 @@ def main() -> None:
     """Reads the options and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a transformers folder; SmolLM2-135M from its package by default")
-    parser.add_argument("--text", type=Path, help="what to calibrate on")
-    parser.add_argument("--held-out", type=named, action="append", metavar="NAME=FILE", help="what to measure loss on")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.8, 0.7])
+    parser.add_argument("--text", type=Path, nargs="+", help="what to calibrate on: files, mixed in equal parts")
+    parser.add_argument("--held-out", type=named, nargs="+", metavar="NAME=FILE", help="what to measure loss on")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6])
     parser.add_argument("--attend-to", choices=["auto", "all", "chosen"], default="all")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rows", type=int, default=512)
-    parser.add_argument("--sequences", type=int, default=256, help="of the calibration text")
-    parser.add_argument("--trial-batches", type=int, default=4, help="on how many of its batches blocks are chosen")
+    parser.add_argument("--sequences", type=int, default=128, help="of the calibration text")
+    parser.add_argument("--trial-batches", type=int, default=2, help="on how many of its batches losses are measured")
+    parser.add_argument("--exchanges", type=int, default=2, help="how often rows go from block to block at each stage")
+    parser.add_argument("--random-seeds", type=int, default=3)
     parser.add_argument("--held-out-sequences", type=int, default=64, help="of each text")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -136,24 +160,31 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a random model, small sizes, no files needed")
     options = parser.parse_args()
     if options.tiny:
-        options.text, options.held_out = Path(argparse.__file__), [("code", Path(doctest.__file__))]
+        options.text, options.held_out = [Path(argparse.__file__)], [("code", Path(doctest.__file__))]
         options.batch, options.rows, options.sequences, options.held_out_sequences = 2, 32, 8, 4
-        options.trial_batches, options.budgets = 1, [0.8]
-    if options.text is None or not options.held_out:
+        options.trial_batches, options.budgets, options.exchanges, options.random_seeds = 1, [0.8], 1, 1
+    if not options.text or not options.held_out:
         parser.error("--text and --held-out are needed")
     hf.logging.set_verbosity_error()
     hf.logging.disable_progress_bar()
     model, tokenizer = tiny_model() if options.tiny else load_model(options.model)
 
-    def batches_of(path: Path, sequences: int) -> Batches:
-        return text_batches(read_text(path), tokenizer, ["input_ids", "attention_mask"], batch=options.batch,
+    def batches_of(path: Path, sequences: int, batch: int) -> Batches:
+        return text_batches(read_text(path), tokenizer, ["input_ids", "attention_mask"], batch=batch,
                             rows=options.rows, sequences=sequences)  # fmt: skip
 
-    batches = batches_of(options.text, options.sequences)
-    texts = {name: batches_of(path, options.held_out_sequences) for name, path in options.held_out}
+    # Every batch holds sequences of every text, so that the few batches of the trials do too.
+    kinds = len(options.text)
+    if options.batch % kinds:
+        parser.error(f"--batch must be a multiple of the number of texts, {kinds}")
+    parts = [batches_of(path, options.sequences // kinds, options.batch // kinds) for path in options.text]
+    # As far as the shortest text goes.
+    together = zip(*parts, strict=False)
+    batches = [{name: torch.cat([part[name] for part in each]) for name in each[0]} for each in together]
+    texts = {name: batches_of(path, options.held_out_sequences, options.batch) for name, path in options.held_out}
     model = model.to(options.device)
     graph = mc.capture(model, {name: value.to(options.device) for name, value in batches[0].items()})
-    print(table(compare(graph, batches, texts, options)))
+    compare(graph, batches, texts, options)
 
 
 if __name__ == "__main__":

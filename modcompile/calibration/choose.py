@@ -158,4 +158,4 @@ class Search:
         self.take(self.state | changes)
         for path, ratio in changes.items():
             self.moves.append(Move(path, ratio, self.loss, self.flops / self.trials.dense_flops))
-            self._say(f"{path} to {ratio}: {self.moves[-1].flops:.1%} of the FLOPs, loss {self.loss:.4f}")
+            self._say(f"{path} to {ratio}: {self.moves[-1].flops:.1%} of the FLOPs, loss {self.loss:.4g}")

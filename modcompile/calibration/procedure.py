@@ -189,7 +189,7 @@ class _Way:
         self.pruned.lower(budget)
         self.search.lower(budget)
         if self.pruned.loss < self.search.loss:
-            self._say(f"leaving out blocks alone is better: loss {self.pruned.loss:.4f}")
+            self._say(f"leaving out blocks alone is better: loss {self.pruned.loss:.4g}")
             self.search.take(self.pruned.state)
         self._refit()
         for _ in range(self._exchanges):
@@ -211,7 +211,7 @@ class _Way:
             else:
                 self._load({path: self.fitted[path]})
         self.search.take(state)
-        self._say(f"routers fitted again: loss {self.search.loss:.4f}")
+        self._say(f"routers fitted again: loss {self.search.loss:.4g}")
 
     def _fit(self, state: State) -> Fitted:
         fits = measure(self.trials, state, self._batches, draws=self._draws, seed=self._seed)

@@ -104,8 +104,11 @@ def convert(
     if report is not None:
         data["calibration"] = report
         loss = report["loss"]
-        shown = Group(shown, Text(f"calibrated on {report['rows']} rows: {report['flops']:.1%} of the FLOPs, "
-                                  f"{report['objective']} loss {loss['calibrated']:.4f}, dense {loss['dense']:.4f}"))
+        dropped = sum(block["ratio"] == "0" for block in report["blocks"].values())
+        shown = Group(shown, Text(
+            f"calibrated on {report['rows']} rows: {report['flops']:.1%} of the FLOPs, {dropped} blocks left out, "
+            f"{report['objective']} loss {loss['calibrated']:.4g} (pruned {loss['pruned']:.4g}, "
+            f"dense {loss['dense']:.4g})"))
     emit(as_json, data, shown)
 
 

@@ -125,17 +125,15 @@ def test_blocks_that_are_worth_nothing_are_left_out(graph, tmp_path):
         assert torch.equal(mc.load(mod.save_pretrained(tmp_path / "made"))(texts()[0]), expected)
 
 
-def test_the_same_arguments_give_the_same_model_which_routes_what_does_least(graph):
-    options = dict(budget=0.85, ratios=(0.25,), attend_to="chosen", objective="outputs")
-    first = calibrate(graph, texts(1), **options)
+def test_the_same_arguments_give_the_same_model(graph, results):
     torch.manual_seed(1)
-    again = mc.calibrate(graph, texts(1), **options)
+    first, again = results[0.9], mc.calibrate(graph, texts(2), 0.9, ratios=(0.25, 0.5), attend_to="all")
     assert again.report == first.report
     for path, router in first.mod.routers.items():
         assert torch.equal(router.weight, again.mod.routers[path].weight)
-    assert [path for path, block in first.report["blocks"].items() if block["ratio"] != "1"] == ["stack.layers.1"]
 
 
+@pytest.mark.long
 def test_padding_does_not_matter():
     valid = torch.arange(S) < torch.tensor([[S], [9]])
     model, made = Stack(*(Block() for _ in range(2))), []
@@ -181,7 +179,6 @@ def test_blocks_that_cannot_attend_to_all_rows_attend_to_chosen_ones():
         (dict(batches=iter(())), "calibration goes through its batches many times"),
         (dict(budget=0.0), "the budget does not fit"),
         (dict(budget=1.0), "the budget does not fit"),
-        (dict(budget=0.01), r"the budget cannot be met\n  expected: at least 0\.\d+: nothing in each of 3 blocks"),
         (dict(ratios=()), "a ratio does not fit"),
         (dict(ratios=(0.5, 1.0)), "a ratio does not fit"),
         (dict(draws=0), "an option is too small"),
