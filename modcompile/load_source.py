@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from modcompile.errors import IntegrityError, RuntimeUnavailableError, UsageError
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from modcompile.model import GraphModel, MoDModel
 
 # B batch  S rows  C channels
+
+Model = TypeVar("Model", bound="nn.Module")
 
 AS_FUNCTION = "write a function that returns (model, example_inputs), and name it package.module:function"
 EXAMPLE_BATCH, EXAMPLE_ROWS = 2, 16
@@ -42,7 +44,7 @@ class Source:
         return cast("MoDModel", self.model) if self.example_inputs is None else None
 
 
-def on_device(model: "MoDModel", device: str) -> "MoDModel":
+def on_device(model: Model, device: str) -> Model:
     """The model, moved.
 
     Raises:

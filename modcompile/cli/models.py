@@ -75,6 +75,8 @@ def convert(
         metavar="FOLDER", help="With --calibrate: the folder of the tokenizer, if it is not MODEL.")] = None,
     sequences: Annotated[int | None, typer.Option(
         min=1, help="With --calibrate: the largest number of sequences to take; 256 by default.")] = None,
+    device: Annotated[str | None, typer.Option(
+        help="With --calibrate: where the model runs, cpu (the default), cuda or cuda:N.")] = None,
     shape: opt.Shapes = None,
     overwrite: opt.Overwrite = False,
     as_json: opt.AsJson = False,
@@ -87,14 +89,14 @@ def convert(
     with working("loading the model") as say:
         if calibrate is None:
             for option, value in (("--budget", budget), ("--tokenizer", tokenizer), ("--sequences", sequences),
-                                  ("--shape", shape)):
+                                  ("--device", device), ("--shape", shape)):
                 if value:
                     raise UsageError(f"{option} is for calibration", found=value, where=option,
                                      fix="add --calibrate TEXT, or leave it out")
             mod = _converted(model, opt.config_from(**conversion), say)
         else:
             mod, report = _calibrated(model, calibrate, budget, tokenizer or Path(model), sequences or 256,
-                                      opt.read_shapes(shape), conversion, say)
+                                      device or "cpu", opt.read_shapes(shape), conversion, say)
         say("saving")
         mod.save_pretrained(output, overwrite=overwrite)
         say("counting")
@@ -156,13 +158,13 @@ def export(
          table(f"opset {opset}, {precision}", ("file", "bytes"), [(n, engineering(size)) for n, size in files.items()]))
 
 
-def _calibrated(model: str, text: Path, budget: float | None, tokenizer: Path, sequences: int,
+def _calibrated(model: str, text: Path, budget: float | None, tokenizer: Path, sequences: int, device: str,
                 shapes: dict[str, tuple[int, ...]] | None, conversion: opt.Conversion, say: Callable[[str], None]
                 ) -> tuple["MoDModel", dict[str, Any]]:
     """A dense model calibrated on a text, and the report of it."""
     from modcompile.calibration import calibrate, text_batches
     from modcompile.capture import capture
-    from modcompile.load_source import load_source
+    from modcompile.load_source import load_source, on_device
     from modcompile.text_file import read_text, tokenizer_of
 
     kept = {name: conversion[name] for name in ("blocks", "attend_to", "padding_mask") if name in conversion}
@@ -184,7 +186,7 @@ def _calibrated(model: str, text: Path, budget: float | None, tokenizer: Path, s
     if source.converted:
         raise UsageError("the model is converted already", where=model, fix="name the dense model it came from")
     say("capturing the graph")
-    graph = capture(source.model, source.example_inputs)
+    graph = on_device(capture(source.model, source.example_inputs), device)
     batches = text_batches(words, reader, [spec.name for spec in graph.inputs], batch=size[0],
                            rows=size[1], sequences=sequences)
     result = calibrate(graph, batches, budget, say=say, **kept)

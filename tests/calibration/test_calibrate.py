@@ -239,6 +239,19 @@ def test_convert_calibrates(folder, tmp_path, capfd):
     assert mod.config.attend_to == "all" and all(router.weight.any() for router in mod.routers.values())
 
 
+def test_a_tokenizer_that_does_not_fit(folder, tmp_path, capfd):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["quick"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    options = ["--calibrate", folder / "text.txt", "--budget", 0.9, "--shape", "input_ids=2x32"]
+    assert call("convert", folder, "-o", tmp_path / "made", *options, "--tokenizer", tmp_path / "other") == 2
+    shown = capfd.readouterr().err
+    assert "the tokens are not of this model's vocabulary" in shown and "0 to 26" in shown
+    assert not (tmp_path / "made").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -249,6 +262,9 @@ def test_convert_calibrates(folder, tmp_path, capfd):
         (["--calibrate", "{text}", "--budget", "0.9", "--shape", "input_ids=2x64"], "does not take these sizes"),
         (["--calibrate", "{text}", "--budget", "0.9", "--shape", "input_ids=99x32"], "the text is too short"),
         (["--calibrate", "{text}.no", "--budget", "0.9"], "the text cannot be read"),
+        (["--calibrate", "{text}", "--budget", "0.01", "--shape", "input_ids=2x32"], "the budget cannot be met"),
+        (["--calibrate", "{text}", "--budget", "0.9", "--device", "cuda:99"], "the device is not there"),
+        (["--device", "cpu"], "--device is for calibration"),
         (["--calibrate", "{text}", "--budget", "0.9", "--tokenizer", "{text}"], "there is no tokenizer"),
     ],
 )
