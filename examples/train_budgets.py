@@ -1,0 +1,283 @@
+"""Trains a pretrained decoder for budgets of FLOPs, routed and pruned alike, and compares what is left of its quality.
+
+    python examples/train_budgets.py --train docs.txt plays.txt --held-out docs=docs2.txt news=news.txt --device cuda
+    python examples/train_budgets.py --tiny     a random model on Python's own sources: that it runs, not what it can do
+
+For each budget: *calibrated*, what ``modcompile.calibrate`` makes; *pruned*, whole blocks dropped by measured loss;
+*stochastic*, the calibrated model's blocks and capacities with top-k of Gaussian noise. Each is trained on the same
+batches with the same steps: next-token loss and the distance to the dense model's predictions. The dense model is there
+as it was, and trained on the same batches too. Of the calibrated model there is also the loss when each row decides for
+itself, by a threshold, as generation must.
+
+Losses are nats per token of text that was not trained on; text of another kind than the training text shows most. Every
+cell is written when it is done, and a second call goes on with the next.
+"""
+
+import argparse
+import copy
+import dataclasses
+import doctest
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from calibrate import load_model, named, tiny_model
+from torch import nn
+from torch.nn import functional as F
+
+import modcompile as mc
+from modcompile.calibration import calibrate_each, pruning_order
+from modcompile.flops import count_flops
+from modcompile.routers import NoiseRouter, router_path
+from modcompile.text_file import read_text
+from modcompile.training import QuantileThresholds, causal_model, logits_loss
+from modcompile.variants import dense_model, pruned_model
+
+# B batch  S rows  V vocabulary
+WARMUP = 0.05  # of the steps
+
+
+@dataclasses.dataclass
+class Texts:
+    """Tokens to train on, and of each held-out text, on the device."""
+
+    train: torch.Tensor  # [N]
+    held_out: dict[str, torch.Tensor]  # [batches, B, S] each
+
+    def batches(self, batch: int, rows: int, seed: int) -> Iterator[torch.Tensor]:
+        """Random windows [B, S], the same for the same seed."""
+        generator = torch.Generator().manual_seed(seed)
+        offsets = torch.arange(rows)
+        while True:
+            starts = torch.randint(len(self.train) - rows, (batch, 1), generator=generator)
+            yield self.train[(starts + offsets).to(self.train.device)]
+
+
+def tokens_of(path: Path, tokenizer: Callable[..., Any]) -> torch.Tensor:
+    """A text's tokens [N]. It goes to the tokenizer in parts, for it warns of long ones and slows down."""
+    text = read_text(path)
+    parts = (text[i:i + 100_000] for i in range(0, len(text), 100_000))
+    return torch.cat([torch.tensor(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in parts])
+
+
+def windows(tokens: torch.Tensor, count: int, batch: int, rows: int) -> torch.Tensor:
+    """As many as ``count`` sequences, spread over a text, [batches, B, S]."""
+    whole = tokens[:len(tokens) // rows * rows].view(-1, rows)
+    count = min(count, len(whole)) // batch * batch
+    return whole[torch.linspace(0, len(whole) - 1, count).long()].view(-1, batch, rows)
+
+
+def next_token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """In nats."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 on a GPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+@torch.no_grad()
+def losses(model: nn.Module, texts: Texts) -> dict[str, float]:
+    """By the name of the text."""
+    model.eval()
+    found = {}
+    for name, batches in texts.held_out.items():
+        with autocast(batches.device):
+            found[name] = torch.stack([next_token_loss(model(ids).logits, ids) for ids in batches]).mean().item()
+    return found
+
+
+def causal_losses(mod: mc.MoDModel, texts: Texts, options: argparse.Namespace) -> dict[str, Any]:
+    """The losses when each row decides for itself, and how many rows enter for each that top-k chose."""
+    thresholds, taken, entered = QuantileThresholds(mod, decay=0.9), 0.0, 0.0
+    batches = texts.batches(options.batch, options.rows, options.seed + 1)
+    with torch.no_grad(), autocast(texts.train.device):
+        for _ in range(options.threshold_batches):
+            with mc.trace_routing(mod) as trace:
+                mod(next(batches))
+            thresholds.update(trace)
+        causal = causal_model(mod, thresholds)
+        for model in (mod, causal):
+            with mc.trace_routing(model) as trace:
+                model(next(iter(texts.held_out.values()))[0])
+            rows = sum(block.taken().float().mean().item() for block in trace.values())
+            taken, entered = (rows, entered) if model is mod else (taken, rows)
+    return {"losses": losses(causal, texts), "rows": entered / taken}
+
+
+def train(model: mc.GraphModel, teacher: mc.GraphModel, texts: Texts, options: argparse.Namespace) -> dict[str, float]:
+    """Trains in place.
+
+    Returns:
+        Seconds, and the mean training loss of the last tenth of the steps.
+    """
+    model.train()
+    device = texts.train.device
+    routers = {id(p) for path in getattr(model, "routers", {}) for p in model.routers[path].parameters()}
+    groups = [{"params": [p for p in model.parameters() if id(p) not in routers]},
+              {"params": [p for p in model.parameters() if id(p) in routers], "lr": options.router_lr}]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], options.lr, (0.9, 0.95),
+                                  weight_decay=0.0, fused=device.type == "cuda")
+    warmup = max(1, round(WARMUP * options.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
+        (step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / options.steps)))
+    batches, last, start = texts.batches(options.batch, options.rows, options.seed), [], time.perf_counter()
+    for step in range(options.steps):
+        ids = next(batches)
+        with autocast(device):
+            logits = model(ids).logits
+            with torch.no_grad():
+                expected = teacher(ids).logits
+        loss = (1 - options.distill) * next_token_loss(logits, ids) + options.distill * logits_loss(logits, expected)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step >= 0.9 * (options.steps - 1):
+            last.append(loss.detach())
+        if step % 100 == 0 and not math.isfinite(norm.item()):
+            raise SystemExit(f"the gradients of step {step} are not numbers")
+    return {"seconds": time.perf_counter() - start, "training_loss": torch.stack(last).mean().item()}
+
+
+def stochastic(mod: mc.MoDModel) -> mc.MoDModel:
+    """The same blocks and capacities, with rows chosen at random at every call."""
+    made = copy.deepcopy(mod)
+    for path in made.routers:
+        made.graph_module.set_submodule(router_path(path), NoiseRouter())
+    return made
+
+
+class Cells:
+    """The figures so far, by name, in a file that is written after each."""
+
+    def __init__(self, file: Path, setting: dict[str, Any]):
+        self.file = file
+        self.report: dict[str, Any] = {"setting": setting, "cells": {}}
+        if file.exists():
+            self.report = json.loads(file.read_text(encoding="utf-8"))
+            if self.report["setting"] != json.loads(json.dumps(setting)):
+                raise SystemExit(f"{file} is of other options: name another folder")
+
+    def add(self, name: str, make: Callable[[], dict[str, Any]]) -> None:
+        """Makes a cell, unless it is there."""
+        if name not in self.report["cells"]:
+            self.report["cells"][name] = made = make()
+            partial = self.file.with_suffix(".part")
+            partial.write_text(json.dumps(self.report, indent=1) + "\n", encoding="utf-8")
+            partial.replace(self.file)
+            print(f"{name:24} {made['flops']:.3f}  " + "  ".join(f"{k} {v:.3f}" for k, v in made["trained"].items()))
+
+
+def compare(model: nn.Module, tokenizer: Callable[..., Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Every cell."""
+    device = torch.device(options.device)
+    train_tokens = torch.cat([tokens_of(path, tokenizer) for path in options.train])
+    texts = Texts(train_tokens.to(device), {
+        name: windows(tokens_of(path, tokenizer), options.held_out_sequences, options.batch, options.rows).to(device)
+        for name, path in options.held_out})
+    calibration = [{"input_ids": ids} for ids in windows(
+        texts.train, options.calibration_sequences, options.calibration_batch, options.rows)]
+    graph = mc.capture(model.to(device), {"input_ids": texts.train[:2 * options.rows].view(2, -1)})
+    base = mc.convert(graph, config=mc.MoDConfig(blocks="all", capacity_ratio=0.5))
+    sizes = {"batch": options.batch, "sequence": options.rows}
+    flops = count_flops(dense_model(base), sizes)
+    cells = Cells(options.folder / "budgets.json", {
+        "model": options.model.name if options.model else "tiny" if options.tiny else "SmolLM2-135M-Instruct",
+        "train": [path.name for path in options.train], "train_tokens": len(train_tokens),
+        "held_out_tokens": {name: part.numel() for name, part in texts.held_out.items()}, "sizes": sizes,
+        "steps": options.steps, "lr": options.lr, "router_lr": options.router_lr, "distill": options.distill,
+        "seed": options.seed, "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"})
+
+    def cell(candidate: mc.GraphModel, **further: Any) -> dict[str, Any]:
+        before = losses(candidate, texts)
+        spent = train(candidate, graph, texts, options)
+        made = {"flops": count_flops(candidate, sizes) / flops, "untrained": before,
+                "trained": losses(candidate, texts), **spent, **further}  # fmt: skip
+        decides = isinstance(candidate, mc.MoDModel) and any(list(r.parameters()) for r in candidate.routers.values())
+        return made | ({"causal": causal_losses(candidate, texts, options)} if decides else {})
+
+    cells.add("dense", lambda: cell(copy.deepcopy(graph)))
+    order = pruning_order(graph, calibration, min(options.budgets), trial_batches=options.trial_batches)
+    budgets = sorted(options.budgets, reverse=True)
+    pruned = [next(model for n in range(1, len(order) + 1)
+                   if count_flops(model := pruned_model(base, order[:n]), sizes) <= budget * flops)
+              for budget in budgets]  # fmt: skip
+    shares = [count_flops(model, sizes) / flops for model in pruned]
+    results = calibrate_each(graph, calibration, shares, attend_to=options.attend_to,
+                             trial_batches=options.trial_batches, seed=options.seed)  # fmt: skip
+    # Every one begins with the dense model's own tensors.
+    for budget, model, result in zip(budgets, pruned, results, strict=True):
+        cells.add(f"pruned {budget}", lambda model=model: cell(copy.deepcopy(model)))
+        cells.add(f"calibrated {budget}", lambda result=result: cell(copy.deepcopy(result.mod),
+                                                                     calibration=result.report))
+        cells.add(f"stochastic {budget}", lambda result=result: cell(stochastic(result.mod)))
+    return cells.report
+
+
+def table(report: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    names = list(report["setting"]["held_out_tokens"])
+    lines = [f"| | FLOPs | {' | '.join(names)} | seconds |", "|---" * (len(names) + 3) + "|"]
+    for name, cell in report["cells"].items():
+        figures = [f"{cell['untrained'][text]:.3f} -> {cell['trained'][text]:.3f}" for text in names]
+        lines.append(f"| {name} | {cell['flops']:.3f} | {' | '.join(figures)} | {cell['seconds']:.0f} |")
+        if "causal" in cell:
+            figures = [f"{cell['causal']['losses'][text]:.3f}" for text in names]
+            lines.append(f"| each row decides | {cell['causal']['rows']:.2f} of its rows | {' | '.join(figures)} | |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Reads the options and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a transformers folder; SmolLM2-135M from its package by default")
+    parser.add_argument("--train", type=Path, nargs="+", metavar="FILE", help="text to calibrate and train on")
+    parser.add_argument("--held-out", type=named, nargs="+", metavar="NAME=FILE", help="what to measure loss on")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6])
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--router-lr", type=float, default=0.0, help="0 leaves the routers as they were fitted")
+    parser.add_argument("--distill", type=float, default=0.5, help="the weight of the dense model's predictions; the "
+                        "rest is the text's")
+    parser.add_argument("--attend-to", choices=["auto", "all", "chosen"], default="all")
+    parser.add_argument("--calibration-sequences", type=int, default=128)
+    parser.add_argument("--calibration-batch", type=int, default=8)
+    parser.add_argument("--trial-batches", type=int, default=4)
+    parser.add_argument("--held-out-sequences", type=int, default=64, help="of each text")
+    parser.add_argument("--threshold-batches", type=int, default=16)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=Path("budgets"), help="where the figures go, as budgets.json")
+    parser.add_argument("--tiny", action="store_true", help="a random model, small sizes, no files needed")
+    options = parser.parse_args()
+    hf.logging.set_verbosity_error()
+    hf.logging.disable_progress_bar()
+    torch.manual_seed(options.seed)
+    if options.tiny:
+        options.train, options.held_out = [Path(argparse.__file__)], [("code", Path(doctest.__file__))]
+        options.batch, options.rows, options.steps, options.budgets = 2, 32, 4, [0.8]
+        options.calibration_sequences, options.calibration_batch, options.held_out_sequences = 4, 2, 4
+        options.trial_batches = 1
+    if not options.train or not options.held_out:
+        parser.error("--train and --held-out are needed")
+    with tempfile.TemporaryDirectory() as scratch:
+        options.folder = Path(scratch) if options.tiny else options.folder
+        options.folder.mkdir(parents=True, exist_ok=True)
+        model, tokenizer = tiny_model() if options.tiny else load_model(options.model)
+        print(table(compare(model, tokenizer, options)))
+
+
+if __name__ == "__main__":
+    main()
