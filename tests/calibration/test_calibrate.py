@@ -263,7 +263,6 @@ def test_a_tokenizer_that_does_not_fit(folder, tmp_path, capfd):
         (["--calibrate", "{text}", "--budget", "0.9", "--shape", "input_ids=99x32"], "the text is too short"),
         (["--calibrate", "{text}.no", "--budget", "0.9"], "the text cannot be read"),
         (["--calibrate", "{text}", "--budget", "0.01", "--shape", "input_ids=2x32"], "the budget cannot be met"),
-        (["--calibrate", "{text}", "--budget", "0.9", "--device", "cuda:99"], "the device is not there"),
         (["--device", "cpu"], "--device is for calibration"),
         (["--calibrate", "{text}", "--budget", "0.9", "--tokenizer", "{text}"], "there is no tokenizer"),
     ],
@@ -273,3 +272,9 @@ def test_options_that_do_not_go_together(folder, tmp_path, capfd, options, messa
     assert call("convert", folder, "-o", tmp_path / "made", *options) == 2
     assert message in capfd.readouterr().err
     assert not (tmp_path / "made").exists()
+
+
+def test_a_device_that_is_not_there(folder, tmp_path, capfd):
+    options = ["--calibrate", folder / "text.txt", "--budget", 0.9, "--device", "cuda:99"]
+    assert call("convert", folder, "-o", tmp_path / "made", *options) == 5
+    assert "the device is not there" in capfd.readouterr().err
