@@ -1,7 +1,8 @@
-"""Routes a hand-written decoder, trains it a little, saves it, and runs it as an ONNX Runtime engine.
+"""Routes a hand-written decoder, trains it in a plain loop, saves it, and runs it as an ONNX Runtime engine.
 
-    python examples/train_decoder.py            a minute on two cores
-    python examples/train_decoder.py --tiny     a few seconds
+    python examples/train_decoder.py                         a minute on two cores
+    python examples/train_decoder.py --tiny                  a few seconds
+    python examples/train_decoder.py --checkpoints folder    writes checkpoints, and goes on from the last one
 
 The task: after a marker, repeat the letter that came before it. Most positions are noise that no depth can predict, so
 a router has something to learn: which rows are worth a block.
@@ -16,6 +17,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import modcompile as mc
+from modcompile.training import (
+    CapacityAnnealing,
+    check_finite,
+    load_checkpoint,
+    routing_accuracy,
+    routing_losses,
+    save_checkpoint,
+)
 
 # B batch  S rows  D model dim  H heads
 MARKER = 0
@@ -70,7 +79,9 @@ def main() -> None:
     """Converts, trains, saves, loads, builds, verifies."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a smaller model and fewer steps")
-    tiny = parser.parse_args().tiny
+    parser.add_argument("--checkpoints", help="a folder for checkpoints, to go on from the last one in it")
+    options = parser.parse_args()
+    tiny = options.tiny
     torch.manual_seed(0)
     vocabulary, length, steps = 24, 64, 20 if tiny else 300
     model = Decoder(vocabulary, 32 if tiny else 64, 4, 4, length)
@@ -80,15 +91,28 @@ def main() -> None:
     mod = mc.convert(model, (torch.randint(0, vocabulary, (2, length - 1)),), config)
     print("routed:", ", ".join(mod.routers))
 
+    # The first third starts as the dense model and ends at the capacity asked for.
+    annealing = CapacityAnnealing(mod, steps // 3, stages=4)
     optimizer = torch.optim.AdamW(mod.parameters(), lr=3e-3)
-    for step in range(steps):
+    start = load_checkpoint(options.checkpoints, model=mod, optimizer=optimizer) if options.checkpoints else 0
+    every = max(1, steps // 5)
+    for step in range(start, steps):
+        annealing.update(step)
         ids, targets = batch(16, length - 1, vocabulary)
-        loss = F.cross_entropy(mod(ids).flatten(0, 1), targets.flatten())
+        with mc.trace_routing(mod) as trace:
+            losses = {"task": F.cross_entropy(mod(ids).flatten(0, 1), targets.flatten())}
+        # Teaches the sign of a logit whether its row is among the K, for decisions that do not look ahead.
+        losses |= {f"routing of {path}": 0.01 * loss for path, loss in routing_losses(trace).items()}
+        check_finite(losses, step, trace)
         optimizer.zero_grad()
-        loss.backward()
+        torch.stack(list(losses.values())).sum().backward()
         optimizer.step()
-        if step % max(1, steps // 5) == 0 or step == steps - 1:
-            print(f"step {step:4d}  loss {loss.item():.3f}")
+        if step % every == 0 or step == steps - 1:
+            right = torch.stack(list(routing_accuracy(trace).values())).mean()
+            print(f"step {step:4d}  capacity {float(annealing.ratios(step)[0]):.3f}  loss {losses['task'].item():.3f}  "
+                  f"{right:.0%} of the choices known from the row alone")
+            if options.checkpoints:
+                save_checkpoint(options.checkpoints, step + 1, model=mod, optimizer=optimizer)
 
     ids, _ = batch(8, length - 1, vocabulary)
     with mc.trace_routing(mod.eval()) as trace, torch.no_grad():

@@ -26,6 +26,7 @@ __all__ = [
     "find_blocks",
     "load",
     "load_engine",
+    "package",
     "trace_routing",
     "verify",
 ]
@@ -40,6 +41,7 @@ from modcompile import errors
 if TYPE_CHECKING:
     from modcompile.bench import benchmark
     from modcompile.blocks import find_blocks
+    from modcompile.bundle import package
     from modcompile.calibration import calibrate
     from modcompile.capture import capture
     from modcompile.config import MoDConfig
@@ -67,6 +69,7 @@ _HOMES = {
     "find_blocks": "modcompile.blocks",
     "load": "modcompile.saving",
     "load_engine": "modcompile.engine",
+    "package": "modcompile.bundle",
     "trace_routing": "modcompile.trace",
     "verify": "modcompile.verify",
 }

@@ -15,7 +15,7 @@ import torch.fx
 from modcompile.pass_manager import Skip
 from modcompile.shapes import shape_exprs, size_value
 
-__all__ = ["SDPA", "VIEWS", "SelfAttention", "ancestors", "attention_arguments", "self_attention"]
+__all__ = ["SDPA", "SOFTMAXES", "VIEWS", "SelfAttention", "ancestors", "attention_arguments", "self_attention"]
 
 # B batch  H heads  R rows  d head dim
 

@@ -57,7 +57,13 @@ class MoDConfig(BaseModel):
         capacity_multiple: K is rounded up to a multiple of this (GEMM tiles like 64 or 128), never above S.
         gate: The weight g of a chosen row's update, from its router logit r: "raw" g = r (the paper, equation 1),
             "sigmoid", "tanh", or "straight-through", g = 1 with the gradient of sigmoid(r): what a pretrained model
-            wants.
+            wants. "scale" is one learned number per block: the logits then only choose, and learn from
+            ``modcompile.training.routing_losses`` or by calibration.
+        router: What scores the rows: "linear" (the paper), "mlp", "depth" (one network predicts a depth for a whole
+            input, whose deeper routed blocks it skips: axis "sequence"), "attention" (no parameters: a row counts by
+            the attention it received in the block before; gate "straight-through" or "scale"), or "noise", the control
+            of quality tables.
+        router_hidden: The width of the hidden layer of "mlp" and "depth"; by default a quarter of the hidden state's.
         attend_to: What a chosen row attends to: "chosen" rows only (the paper), or "all" rows, which then offer keys
             and values.
         axis: "token" picks rows of each sequence; "sequence" picks sequences of the batch, by their mean valid row.
@@ -81,7 +87,9 @@ class MoDConfig(BaseModel):
     blocks: Literal["every-other", "all"] | tuple[int, ...] | tuple[str, ...] | str = "every-other"
     capacity_ratio: Ratio | tuple[Ratio, ...] = 0.125
     capacity_multiple: Annotated[int, Field(ge=1)] = 1
-    gate: Literal["raw", "sigmoid", "tanh", "straight-through"] = "raw"
+    gate: Literal["raw", "sigmoid", "tanh", "straight-through", "scale"] = "raw"
+    router: Literal["linear", "mlp", "depth", "attention", "noise"] = "linear"
+    router_hidden: Annotated[int, Field(ge=1)] | None = None
     attend_to: Literal["chosen", "all"] = "chosen"
     axis: Literal["token", "sequence"] = "token"
     padding_mask: str | None = None
@@ -98,6 +106,17 @@ class MoDConfig(BaseModel):
                                  where="MoDConfig", fix=f"did you mean {near[0]}?" if near else None) from None
             raise UsageError(f"{name} does not fit", found=repr(options[name]), where=f"MoDConfig.{name}",
                              expected=TAKES.get(name) or first["msg"].removeprefix("Input should be ")) from None
+        if self.router == "depth" and self.axis != "sequence":
+            raise UsageError("a depth is predicted for a whole input", expected='axis="sequence"', found=self.axis,
+                             where="MoDConfig.router", fix='use axis="sequence", or another router')
+        if self.router == "attention" and (self.axis != "token" or self.gate not in ("straight-through", "scale")):
+            raise UsageError("attention says which tokens to take, not how much of their update",
+                             expected='axis="token", and gate="straight-through" or "scale"',
+                             found=f'axis="{self.axis}", gate="{self.gate}"', where="MoDConfig.router",
+                             fix='add gate="straight-through"')
+        if self.router_hidden is not None and self.router not in ("mlp", "depth"):
+            raise UsageError("this router has no hidden layer", expected='router="mlp" or "depth"', found=self.router,
+                             where="MoDConfig.router_hidden", fix="leave router_hidden out, or choose such a router")
 
     @field_validator("capacity_ratio", mode="before")
     @classmethod

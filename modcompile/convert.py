@@ -1,5 +1,7 @@
 """From a dense model to its Mixture-of-Depths form: capture, find blocks, outline, route."""
 
+import itertools
+from collections.abc import Sequence
 from fractions import Fraction
 
 import torch
@@ -18,10 +20,10 @@ from modcompile.passes.round_capacity import RoundCapacity
 from modcompile.passes.route_blocks import RouteBlocks
 from modcompile.passes.split_fused_qkv import SplitFusedQkv
 from modcompile.program import Program
-from modcompile.routers import Router, router_path
+from modcompile.routers import make_router, router_path
 from modcompile.shapes import fake_inputs, propagate
 
-__all__ = ["convert", "padding_mask", "routing_passes"]
+__all__ = ["at_capacity", "convert", "padding_mask", "routing_passes"]
 
 DEFAULT_MASK = "attention_mask"
 
@@ -56,25 +58,36 @@ def convert(model: nn.Module, example_inputs=None, config: MoDConfig | None = No
     routed = select_blocks(report, config)
     described = _describe(report, routed, config)
     graph_module = source.program.copy().assemble(source.tensors(), non_persistent=source.non_persistent())
-    hints = _roomy_hints(source.hints, described)
-    if hints != source.hints:
-        try:
-            propagate(graph_module, fake_inputs(list(source.inputs), hints, source))
-        except RuntimeError:
-            # Longer than the model can be, as a table of positions may say: no size that it takes has more room.
-            hints = source.hints
-            propagate(graph_module, fake_inputs(list(source.inputs), hints, source))
+    hints = _make_room(graph_module, source, described)
     # Every block that can be, so that any of them can be dropped, and their borders compared.
     outline = PassManager([OutlineBlocks(tuple(block.path for block in report.routable))])
     outline(graph_module)
     dense_program = Program.of(graph_module).copy()
+    device = next(graph_module.parameters()).device
     for path in routed:
-        _add_router(graph_module, path, report)
+        width = next(block.hidden_shape[-1] for block in report if block.path == path)
+        graph_module.add_submodule(router_path(path), make_router(config, int(width), path == routed[0], device))
     manager = PassManager(routing_passes(source, routed, config))
     manager(graph_module)
     made = MoDModel(graph_module, source.interface, hints, [*source.passes, *outline.ran, *manager.ran], config,
                     described, dense_program)
     return made.train(model.training)
+
+
+def at_capacity(mod: MoDModel, ratio: float | Sequence[float]) -> MoDModel:
+    """``MoDModel.with_capacity``: the routing passes anew, at another ratio, on the outlined dense graph."""
+    config = MoDConfig(**{**mod.config.model_dump(), "capacity_ratio": ratio})
+    routed = list(mod.routers)
+    described = [block.with_ratio(ratio) for block, ratio in zip(mod.routed_blocks, config.ratios(routed), strict=True)]
+    dense = mod.variant(mod.dense_program, routers=True)
+    hints = _make_room(dense.graph_module, dense, described)
+    manager = PassManager(routing_passes(mod, routed, config))
+    manager(dense.graph_module)
+    routing = {record["name"] for record in manager.ran}
+    before = itertools.takewhile(lambda record: record["name"] not in routing, mod.passes)
+    made = MoDModel(dense.graph_module, mod.interface, hints, [*before, *manager.ran], config, described,
+                    mod.dense_program.copy())
+    return made.train(mod.training)
 
 
 def routing_passes(source: GraphModel, routed: list[str], config: MoDConfig) -> list[Pass]:
@@ -89,7 +102,8 @@ def routing_passes(source: GraphModel, routed: list[str], config: MoDConfig) -> 
             # Keys and values from all rows, everything else from the chosen ones.
             AttendToAll(paths),
         ] if split else []),
-        RouteBlocks(paths, ratios, config.gate, config.axis, padding_mask(source, config)),
+        RouteBlocks(paths, ratios, config.gate, config.axis, padding_mask(source, config),
+                    seen=config.router if config.router in ("depth", "attention") else "hidden"),
         # Last: it needs the capacities that routing computes.
         RoundCapacity(config.capacity_multiple),
     ]
@@ -112,10 +126,17 @@ def padding_mask(source: GraphModel, config: MoDConfig) -> str | None:
     return config.padding_mask or DEFAULT_MASK
 
 
-def _add_router(graph_module: torch.fx.GraphModule, path: str, report: BlockReport) -> None:
-    width = next(block.hidden_shape[-1] for block in report if block.path == path)
-    parameter = next(graph_module.parameters())
-    graph_module.add_submodule(router_path(path), Router(width, parameter.device))
+def _make_room(graph_module: torch.fx.GraphModule, source: GraphModel, blocks: list[RoutedBlock]) -> dict[str, int]:
+    """The sizes that shapes are propagated with, once that is done with larger ones where capacities need room."""
+    hints = _roomy_hints(source.hints, blocks)
+    if hints != source.hints:
+        try:
+            propagate(graph_module, fake_inputs(list(source.inputs), hints, source))
+        except RuntimeError:
+            # Longer than the model can be, as a table of positions may say: no size that it takes has more room.
+            hints = source.hints
+            propagate(graph_module, fake_inputs(list(source.inputs), hints, source))
+    return hints
 
 
 def _roomy_hints(hints: dict[str, int], blocks: list[RoutedBlock]) -> dict[str, int]:
@@ -141,6 +162,6 @@ def _describe(report: BlockReport, routed: list[str], config: MoDConfig) -> list
         rows = shapes[path][1 if config.axis == "token" else 0]
         block = RoutedBlock(path=path, capacity_ratio=f"{ratio.numerator}/{ratio.denominator}", rows=str(rows),
                             multiple=config.capacity_multiple, attend_to=config.attend_to, gate=config.gate,
-                            axis=config.axis)
+                            router=config.router, axis=config.axis)
         made.append(block.at({str(rows): rows}) if isinstance(rows, int) else block)
     return made

@@ -17,6 +17,7 @@ __all__ = [
     "RoutedBlock",
     "TensorSpec",
     "VersionRange",
+    "extend_manifest",
     "read_manifest",
     "read_verified",
     "verify_files",
@@ -70,6 +71,7 @@ class RoutedBlock(_Record):
         multiple: K is rounded up to a multiple of this, never above the number of rows.
         attend_to: What a chosen row attends to: "chosen" rows, or "all".
         gate: The weight of a chosen row's update.
+        router: What scores the rows.
         axis: What is routed: "token" (rows of a sequence) or "sequence" (sequences of a batch).
         rows: S, the size of the routed axis: a number, or a symbol where it varies.
         capacity: K where ``rows`` is a number, else None.
@@ -79,7 +81,8 @@ class RoutedBlock(_Record):
     capacity_ratio: Annotated[str, Field(pattern=r"^[1-9]\d{0,3}/[1-9]\d{0,3}$")]
     multiple: Annotated[int, Field(ge=1)] = 1
     attend_to: Literal["chosen", "all"]
-    gate: Literal["raw", "sigmoid", "tanh", "straight-through"]
+    gate: Literal["raw", "sigmoid", "tanh", "straight-through", "scale"]
+    router: Literal["linear", "mlp", "depth", "attention", "noise"] = "linear"
     axis: Literal["token", "sequence"] = "token"
     rows: Dim
     capacity: Annotated[int, Field(ge=1)] | None = None
@@ -102,6 +105,12 @@ class RoutedBlock(_Record):
             8
         """
         return capacity(Fraction(self.capacity_ratio), rows, self.multiple)
+
+    def with_ratio(self, ratio: Fraction) -> "RoutedBlock":
+        """This block at another K/S."""
+        fields = self.model_dump(exclude={"capacity_ratio", "capacity"})
+        count = capacity(ratio, self.rows, self.multiple) if isinstance(self.rows, int) else None
+        return RoutedBlock(**fields, capacity_ratio=f"{ratio.numerator}/{ratio.denominator}", capacity=count)
 
     def at(self, sizes: Mapping[str, int]) -> "RoutedBlock":
         """This block in an engine whose symbols have these sizes; symbols that are not named stay symbols."""
@@ -193,6 +202,8 @@ class Manifest(_Record):
         providers: ONNX Runtime's execution providers, in order of preference; empty for other runtimes.
         target: What the engine is bound to beyond the runtime, such as "gpu_architecture" or "plugin_abi".
         created_with: Versions of what took part in building it.
+        tokenizer: The file of the tokenizer that makes the inputs from text, if the folder has one: what the
+            tokenizers package writes, or an ONNX model that takes texts.
         files: Every file of the folder but the manifest, by relative path with forward slashes.
     """
 
@@ -210,12 +221,14 @@ class Manifest(_Record):
     providers: tuple[Text, ...] = ()
     target: dict[str, str] = {}
     created_with: dict[str, str] = {}
+    tokenizer: RelativePath | None = None
     files: dict[RelativePath, FileRecord]
 
     @model_validator(mode="after")
     def _consistent(self):
-        if self.entry not in self.files:
-            raise ValueError(f"entry {self.entry!r} is not one of the files")
+        for role, name in (("entry", self.entry), ("tokenizer", self.tokenizer)):
+            if name is not None and name not in self.files:
+                raise ValueError(f"{role} {name!r} is not one of the files")
         if MANIFEST_NAME in self.files:
             raise ValueError(f"{MANIFEST_NAME} cannot list itself")
         for specs in (self.inputs, self.outputs):
@@ -235,11 +248,7 @@ def write_manifest(folder: Path, fields: Mapping[str, Any]) -> Manifest:
         IntegrityError: The folder holds a symbolic link or something else that is not a regular file.
         ValidationError: A field does not fit; a defect of the caller.
     """
-    files = {}
-    for name in list_files(folder):
-        if name != MANIFEST_NAME:
-            digest, size = hash_file(folder / name)
-            files[name] = FileRecord(sha256=digest, size=size)
+    files = _hash_files(folder)
     made_with = {"python": platform.python_version(), "platform": platform.platform()}
     # What took part was imported by now, and nothing is imported here to ask.
     for package in ("torch", "transformers", "onnx", "onnx_ir", "onnxscript"):
@@ -247,9 +256,30 @@ def write_manifest(folder: Path, fields: Mapping[str, Any]) -> Manifest:
             made_with[package] = str(version)
     manifest = Manifest(**{"modcompile_version": modcompile.__version__, "files": files, **fields,
                            "created_with": {**made_with, **fields.get("created_with", {})}})
-    payload = {"sha256": _UNSEALED, **manifest.model_dump(mode="json")}
-    (folder / MANIFEST_NAME).write_bytes(_seal(json.dumps(payload, indent=2, allow_nan=False).encode() + b"\n"))
+    _write(folder, manifest)
     return manifest
+
+
+def extend_manifest(folder: Path, manifest: Manifest, **changed: Any) -> Manifest:
+    """Writes the manifest of a folder that holds an engine's files, copied, and more of them.
+
+    Args:
+        folder: The folder, complete but for the manifest.
+        manifest: The engine's.
+        changed: Fields that differ from it. The files are what the folder holds.
+
+    Raises:
+        IntegrityError: A file of the engine is not in the folder as the manifest describes it.
+    """
+    files = _hash_files(folder)
+    for name, record in manifest.files.items():
+        if files.get(name) != record:
+            raise _altered(folder / name, f"sha256 {record.sha256}",
+                           f"sha256 {files[name].sha256}" if name in files else "no such file")
+    # Not model_copy, which validates nothing.
+    extended = Manifest(**{**dict(manifest), **changed, "files": files})
+    _write(folder, extended)
+    return extended
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -327,6 +357,16 @@ def read_verified(folder: Path, manifest: Manifest, name: str) -> bytes:
     if digest != record.sha256:
         raise _altered(path, f"sha256 {record.sha256}", f"sha256 {digest}")
     return content
+
+
+def _hash_files(folder: Path) -> dict[str, FileRecord]:
+    hashes = {name: hash_file(folder / name) for name in list_files(folder) if name != MANIFEST_NAME}
+    return {name: FileRecord(sha256=digest, size=size) for name, (digest, size) in hashes.items()}
+
+
+def _write(folder: Path, manifest: Manifest) -> None:
+    payload = {"sha256": _UNSEALED, **manifest.model_dump(mode="json")}
+    (folder / MANIFEST_NAME).write_bytes(_seal(json.dumps(payload, indent=2, allow_nan=False).encode() + b"\n"))
 
 
 def _seal(content: bytes) -> bytes:

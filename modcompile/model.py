@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +20,8 @@ from modcompile.shapes import fake_inputs, propagate, propagate_alike, shape_exp
 from modcompile.spec import TensorSpec
 
 __all__ = ["GraphModel", "MoDModel"]
+
+REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
 class GraphModel(nn.Module):
@@ -43,7 +45,7 @@ class GraphModel(nn.Module):
                  passes: list[dict] | None = None):
         super().__init__()
         # One registry for both: the graph's parameters are this module's, under the source's names.
-        for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        for registry in REGISTRIES:
             self.__dict__[registry] = graph_module.__dict__[registry]
         self.__dict__["graph_module"] = graph_module
         self.interface, self.hints, self.passes = interface, hints, passes or []
@@ -115,6 +117,7 @@ class GraphModel(nn.Module):
             for module in [self.graph_module, *self.graph_module.modules()]:
                 if isinstance(module, torch.fx.GraphModule):
                     _set_dropout(module, mode)
+            self._graph_changed()
         super().train(mode)
         self.graph_module.training = mode
         return self
@@ -132,7 +135,11 @@ class GraphModel(nn.Module):
             changed |= torch.float64 in after and _match_masks(graph)
             if changed and graph.owning_module is not None:
                 graph.owning_module.recompile()
+        self._graph_changed()
         return self
+
+    def _graph_changed(self) -> None:
+        """Called after changes of the graph, for what is derived from it."""
 
     def _precisions(self) -> set[torch.dtype]:
         return {parameter.dtype for parameter in self.parameters() if parameter.is_floating_point()}
@@ -168,12 +175,17 @@ class MoDModel(GraphModel):
         dense_program: The dense model's structure, its blocks outlined; the oracle and the pruned model start from it.
     """
 
+    # Beside the registries too: the graph that a trace runs, and the code that it was made from.
+    _watched: torch.fx.GraphModule
+    _watched_code: str
+
     def __init__(self, graph_module: torch.fx.GraphModule, interface: Interface, hints: dict[str, int],
                  passes: list[dict], config: MoDConfig, routed_blocks: list[RoutedBlock], dense_program: Program):
         super().__init__(graph_module, interface, hints, passes)
         self.config, self.dense_program = config, dense_program
         self._routed_blocks = list(routed_blocks)
         self._observers: list[Callable[[str, str, torch.Tensor], None]] = []
+        self._graph_changed()
 
     @property
     def routed_blocks(self) -> list[RoutedBlock]:
@@ -182,8 +194,32 @@ class MoDModel(GraphModel):
 
     @property
     def routers(self) -> dict[str, Router]:
-        """The router of each routed block, by the block's path."""
+        """The router of each routed block, by the block's path. Kinds other than linear have other parameters."""
         return {block.path: cast(Router, self.get_submodule(router_path(block.path))) for block in self._routed_blocks}
+
+    def _graph_changed(self) -> None:
+        """Makes the graph anew that a trace runs: it also returns the values that have a role in the routing.
+
+        Made beforehand, for a call may be under ``torch.compile``, which cannot look into the making of graphs; and
+        only if there is a change, for what was compiled of another one is lost.
+        """
+        old = self.__dict__.get("_watched")
+        if old is not None and old._modules is self._modules and self._watched_code == self.graph_module.code:
+            return
+        graph, copies = torch.fx.Graph(), dict[torch.fx.Node, torch.fx.Node]()
+        outputs = graph.graph_copy(self.program.graph, copies)
+        scored = {router_path(path): path for path in self.routers}
+        roles: dict[tuple[str, str], torch.fx.Node] = {}
+        for node, made in copies.items():
+            if node.op == "call_module" and node.target in scored:
+                roles[scored[node.target], "seen"] = made.all_input_nodes[0]
+            if "role" in node.meta:
+                roles[node.meta["role"]] = made
+        graph.output((outputs, list(roles.values())))
+        watched = torch.fx.GraphModule(self.graph_module, graph)
+        for registry in REGISTRIES:
+            watched.__dict__[registry] = self.__dict__[registry]
+        self.__dict__["_watched"], self._roles, self._watched_code = watched, list(roles), self.graph_module.code
 
     def _graphs(self) -> list[torch.fx.Graph]:
         return [*super()._graphs(), self.dense_program.graph, *self.dense_program.bodies.values()]
@@ -192,7 +228,11 @@ class MoDModel(GraphModel):
         """The graph's outputs for its inputs; under ``trace_routing`` also shows each block's choice to the trace."""
         if not self._observers:
             return self.graph_module(*inputs)
-        return _Observed(self.graph_module, self._observers).run(*inputs)
+        outputs, values = self._watched(*inputs)
+        for (path, role), value in zip(self._roles, values, strict=True):
+            for observer in self._observers:
+                observer(path, role, value)
+        return outputs
 
     def save_pretrained(self, folder: str | os.PathLike, *, overwrite: bool = False) -> Path:
         """Writes the model into a new folder of safetensors and JSON, which ``modcompile.load`` reads.
@@ -203,6 +243,29 @@ class MoDModel(GraphModel):
         from modcompile.saving import save_model
 
         return save_model(self, folder, overwrite=overwrite)
+
+    def with_capacity(self, ratio: float | Sequence[float]) -> "MoDModel":
+        """This model at other capacities: derived anew from the dense structure, on the same tensors and routers.
+
+        Args:
+            ratio: K/S for all routed blocks, or one for each, as ``MoDConfig.capacity_ratio``.
+
+        Raises:
+            UsageError: A ratio that does not fit.
+        """
+        from modcompile.convert import at_capacity
+
+        return at_capacity(self, ratio)
+
+    def set_capacity(self, ratio: float | Sequence[float]) -> None:
+        """Makes this very object what ``with_capacity`` returns: optimizers and DDP keep what they hold.
+
+        Hooks stay on routers only; what ``torch.compile`` made of the model is compiled again.
+        """
+        made = self.with_capacity(ratio)
+        for name in (*REGISTRIES, "graph_module", "config", "_routed_blocks", "hints", "passes"):
+            self.__dict__[name] = made.__dict__[name]
+        self._graph_changed()
 
     def variant(self, program: Program, *stages: Pass, routers: bool = False) -> GraphModel:
         """A model on this one's tensors, from a structure and further passes.
@@ -231,21 +294,6 @@ class MoDModel(GraphModel):
         graph_module = program.assemble(tensors, self._copied_routers(tensors), self.non_persistent())
         return MoDModel(graph_module, self.interface, dict(self.hints), list(self.passes), self.config,
                         self._routed_blocks, self.dense_program.copy()).train(self.training)
-
-
-class _Observed(torch.fx.Interpreter):
-    """Runs the graph node by node and shows the observers every value that has a role in the routing."""
-
-    def __init__(self, graph_module: torch.fx.GraphModule, observers: list):
-        super().__init__(graph_module)
-        self.observers = observers
-
-    def run_node(self, node: torch.fx.Node):
-        value = super().run_node(node)
-        if "role" in node.meta:
-            for observer in self.observers:
-                observer(*node.meta["role"], value)
-        return value
 
 
 def _set_dropout(module: torch.fx.GraphModule, training: bool) -> None:

@@ -74,7 +74,9 @@ class Program:
         for path, body in self.bodies.items():
             targets = {n.target for n in body.nodes if n.op == "get_attr"}
             root[path] = torch.fx.GraphModule({t: tensors[f"{path}.{t}"] for t in targets}, body)
-        root |= {n.target: tensors[n.target] for n in self.graph.nodes if n.op == "get_attr"}
+        own = tensors | {f"{path}.{name}": parameter for path, module in (modules or {}).items()
+                         for name, parameter in module.named_parameters()}
+        root |= {n.target: own[n.target] for n in self.graph.nodes if n.op == "get_attr"}
         graph_module = torch.fx.GraphModule(root, self.graph)
         for name, tensor in tensors.items():
             _place(graph_module, name, tensor, persistent=name not in non_persistent)

@@ -23,7 +23,7 @@ from modcompile.interface import Interface
 from modcompile.manifest import RoutedBlock
 from modcompile.model import MoDModel
 from modcompile.program import Program
-from modcompile.routers import Router, router_path
+from modcompile.routers import make_router, router_path
 
 __all__ = ["MODEL_FILE", "load", "save_model"]
 
@@ -149,14 +149,16 @@ def _assemble(content: dict, graphs: dict, own: dict[str, torch.Tensor]) -> MoDM
            for name, t in own.items()}
     aliases = content["aliases"]
     tensors = {name: own[aliases.get(name, name)] for name in dict.fromkeys([*content["parameters"], *own, *aliases])}
+    config = MoDConfig(**content["config"])
     blocks = [RoutedBlock(**block) for block in content["routed_blocks"]]
     routers: dict[str, nn.Module] = {}
     for block in blocks:
         path = router_path(block.path)
-        router = Router(tensors[f"{path}.weight"].shape[1])
+        # Its parameters are replaced, so their sizes here are nobody's.
+        router = make_router(config, 1, block is blocks[0])
         for name in list(router._parameters):
             router.register_parameter(name, cast(nn.Parameter, tensors.pop(f"{path}.{name}")))
         routers[path] = router
     graph_module = Program.from_json(graphs["routed"]).assemble(tensors, routers, frozenset(content["non_persistent"]))
     return MoDModel(graph_module, Interface.from_json(content["interface"]), content["hints"], content["passes"],
-                    MoDConfig(**content["config"]), blocks, Program.from_json(graphs["dense"])).eval()
+                    config, blocks, Program.from_json(graphs["dense"])).eval()

@@ -20,6 +20,7 @@ class BlockTrace:
         positions: int64 [B, K], ascending; ``filled``: bool [B, K], false for a slot with no valid row behind it.
         gate: float32 [B, K], 0 where not filled.
         output: The hidden state after the block, [B, S, D].
+        seen: What the router scored: the hidden state before the block, [B, S, D]; for the sequence axis [B, D].
     """
 
     logits: torch.Tensor | None = None
@@ -27,6 +28,7 @@ class BlockTrace:
     filled: torch.Tensor | None = None
     gate: torch.Tensor | None = None
     output: torch.Tensor | None = None
+    seen: torch.Tensor | None = None
 
     def taken(self) -> torch.Tensor:
         """Which rows went through the block, bool [B, S]."""
@@ -39,7 +41,11 @@ class RoutingTrace(dict[str, BlockTrace]):
 
     def observe(self, path: str, role: str, value: torch.Tensor) -> None:
         """Records one value."""
-        setattr(self.setdefault(path, BlockTrace()), role, value)
+        block = self.setdefault(path, BlockTrace())
+        setattr(block, role, value)
+        if role == "positions":
+            # Without a padding mask every slot is filled, and the graph has no value that says so.
+            block.filled = torch.ones_like(value, dtype=torch.bool)
 
 
 @contextlib.contextmanager

@@ -1,18 +1,18 @@
 """The models a routed one is compared with, on its own tensors: dense, oracle, and pruned to equal FLOPs."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import sympy
 import torch
 
-from modcompile.convert import padding_mask, routing_passes
+from modcompile.convert import routing_passes
 from modcompile.errors import UsageError
 from modcompile.flops import count_flops, flops_by_module
 from modcompile.interface import Interface
 from modcompile.model import GraphModel, MoDModel
 from modcompile.passes.attend_to_all import AttendToAll
 from modcompile.passes.prune_blocks import PruneBlocks
-from modcompile.passes.round_capacity import RoundCapacity
 from modcompile.passes.route_blocks import RouteBlocks
 from modcompile.passes.routing_outputs import ROLES, RoutingOutputs
 from modcompile.passes.split_fused_qkv import SplitFusedQkv
@@ -57,10 +57,10 @@ def masked_model(mod: MoDModel) -> GraphModel:
     if mod.config.axis != "token":
         raise UsageError("only a model that routes tokens has a masked form", expected="axis token",
                          found=f"axis {mod.config.axis}", where="masked_model")
-    paths, ratios = (tuple(getattr(block, name) for block in mod.routed_blocks) for name in ("path", "capacity_ratio"))
-    return mod.variant(mod.dense_program, *_dropped(mod),
-                       RouteBlocks(paths, ratios, mod.config.gate, "token", padding_mask(mod, mod.config), masked=True),
-                       RoundCapacity(mod.config.capacity_multiple), routers=True)
+    stages = [dataclasses.replace(stage, masked=True) if isinstance(stage, RouteBlocks) else stage
+              for stage in routing_passes(mod, list(mod.routers), mod.config)
+              if not isinstance(stage, SplitFusedQkv | AttendToAll)]
+    return mod.variant(mod.dense_program, *_dropped(mod), *stages, routers=True)
 
 
 def other_attention_model(mod: MoDModel) -> GraphModel:

@@ -17,6 +17,9 @@ among the chosen rows stays causal, and what was computed from positions stays t
 3. A block that attends to all rows (see attend-to-all) takes the hidden state and the positions, and gathers inside.
 4. Masked: the block computes every row, and only the chosen ones are kept. It saves nothing; it is what implementations
    around a framework's layers do, and is here to be compared with.
+5. Depth, on the sequence axis: the first block's router predicts a depth from its input, and the further blocks' take
+   that prediction in the place of a hidden state.
+6. Attention: what rows received in the block before takes the place of a hidden state.
 """
 
 import dataclasses
@@ -31,6 +34,7 @@ from modcompile.config import capacity
 from modcompile.errors import PassContractError
 from modcompile.interface import graph_name
 from modcompile.pass_manager import Pass, PassResult
+from modcompile.received import received_attention
 from modcompile.routers import router_path
 from modcompile.shapes import shape_exprs, size_value
 
@@ -46,19 +50,21 @@ class RouteBlocks(Pass):
 
     Attributes:
         blocks: Module paths, in the model's order; ``ratios``: K/S of each, as "p/q".
-        gate: raw, sigmoid, tanh or straight-through.
+        gate: raw, sigmoid, tanh, straight-through, or scale, a parameter of the router.
         axis: token or sequence.
         padding_mask: The input that is nonzero at valid tokens, or with a leading "~" at padding; None: all are valid.
         masked: Case 4, on the token axis.
+        seen: What the routers see: "hidden", the block's hidden state, "depth" (case 5), or "attention" (case 6).
     """
 
     name: ClassVar[str] = "route-blocks"
     blocks: tuple[str, ...] = ()
     ratios: tuple[str, ...] = ()
-    gate: Literal["raw", "sigmoid", "tanh", "straight-through"] = "raw"
+    gate: Literal["raw", "sigmoid", "tanh", "straight-through", "scale"] = "raw"
     axis: Literal["token", "sequence"] = "token"
     padding_mask: str | None = None
     masked: bool = False
+    seen: Literal["hidden", "depth", "attention"] = "hidden"
 
     def requires(self, graph_module: torch.fx.GraphModule) -> None:
         """Each block is a sub-graph that is called once."""
@@ -71,7 +77,7 @@ class RouteBlocks(Pass):
         pending = [(path, Fraction(ratio)) for path, ratio in zip(self.blocks, self.ratios, strict=True)
                    if router_path(path) not in calls]
         for path, ratio in pending:
-            self._route(graph, calls[path], graph_module.get_submodule(path), ratio)
+            self._route(graph_module, calls[path], ratio)
         return PassResult(graph_module, bool(pending))
 
     def ensures(self, graph_module: torch.fx.GraphModule) -> None:
@@ -81,19 +87,22 @@ class RouteBlocks(Pass):
             raise PassContractError("a routed block is not merged", expected="one merge_rows per block",
                                     where=self.name, found=f"{merges} for {len(self.blocks)} blocks")
 
-    def _route(self, graph: torch.fx.Graph, call: torch.fx.Node, body: torch.fx.GraphModule, ratio: Fraction) -> None:
-        users = list(call.users)
+    def _route(self, graph_module: torch.fx.GraphModule, call: torch.fx.Node, ratio: Fraction) -> None:
+        graph, body, users = graph_module.graph, graph_module.get_submodule(call.target), list(call.users)
         hidden, *sides = call.args
         tokens = self.axis == "token"
         dims = side_dims(body)
         with graph.inserting_before(call):
-            valid = self._valid(graph, hidden)
+            valid = self._valid(graph)
             if tokens:
-                logits = graph.call_module(router_path(call.target), (hidden,))
+                seen = received_attention(graph_module, call.target, hidden, valid) if self.seen == "attention" else \
+                    hidden
+                logits = graph.call_module(router_path(call.target), (seen,))
             else:
-                pooled = _mean_row(graph, hidden, valid)
+                depth = self._predicted_depth(graph)
+                seen = _mean_row(graph, hidden, valid) if depth is None else depth
                 logits = graph.call_function(aten.unsqueeze.default,
-                                             (graph.call_module(router_path(call.target), (pooled,)), 0))
+                                             (graph.call_module(router_path(call.target), (seen,)), 0))
                 if valid is not None:
                     valid = graph.call_function(aten.unsqueeze.default,
                                                 (graph.call_function(aten.any.dim, (valid, 1)), 0))
@@ -116,7 +125,7 @@ class RouteBlocks(Pass):
         # The call now gives K rows: its recorded shape is no longer true.
         call.meta.pop("val", None)
         with graph.inserting_before(call.next):
-            gate = self._gate(graph, logits, positions, filled)
+            gate = self._gate(graph, call.target, logits, positions, filled)
             made = graph.call_function(mod.gather_rows.default, (call, positions)) if self.masked else call
             merged = graph.call_function(mod.merge_rows.default, (hidden, made, positions, gate)) if tokens else \
                 _merge_sequences(graph, hidden, made, positions, gate)
@@ -128,7 +137,8 @@ class RouteBlocks(Pass):
                            ("output", merged)):
             node.meta["role"] = (call.target, role)
 
-    def _valid(self, graph: torch.fx.Graph, hidden: torch.fx.Node) -> torch.fx.Node | None:
+    def _valid(self, graph: torch.fx.Graph) -> torch.fx.Node | None:
+        """Which rows are valid, bool [B, S]; None: all are."""
         if self.padding_mask is None:
             return None
         name = graph_name(self.padding_mask.removeprefix("~"))
@@ -144,7 +154,13 @@ class RouteBlocks(Pass):
             known.meta["valid"] = True
         return known
 
-    def _gate(self, graph: torch.fx.Graph, logits, positions, filled) -> torch.fx.Node:
+    def _predicted_depth(self, graph: torch.fx.Graph) -> torch.fx.Node | None:
+        """Case 5: what the first block's router gave, if it is called already."""
+        first = router_path(self.blocks[0])
+        return next((n for n in graph.nodes if n.op == "call_module" and n.target == first), None) \
+            if self.seen == "depth" else None
+
+    def _gate(self, graph: torch.fx.Graph, block: str, logits, positions, filled) -> torch.fx.Node:
         """The chosen rows' weights, float32 [B, K]."""
         def call(target, *args):
             return graph.call_function(target, args)
@@ -152,6 +168,9 @@ class RouteBlocks(Pass):
         chosen = call(aten.gather.default, logits, 1, positions)
         if self.gate == "raw":
             gate = chosen
+        elif self.gate == "scale":
+            gate = call(aten.add.Tensor, call(aten.zeros_like.default, chosen),
+                        graph.get_attr(f"{router_path(block)}.scale"))
         elif self.gate == "tanh":
             gate = call(aten.tanh.default, chosen)
         else:

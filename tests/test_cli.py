@@ -17,7 +17,7 @@ from modcompile.cli.console import settings
 from modcompile.config import MoDConfig
 from modcompile.errors import IntegrityError, ParityError, RuntimeUnavailableError, UnsupportedGraphError, UsageError
 
-VERBS = "inspect convert diff export build run verify bench report doctor passes".split()
+VERBS = "inspect convert diff export build package run verify bench report doctor passes".split()
 
 
 @pytest.fixture
@@ -305,6 +305,20 @@ def test_run_with_random_inputs(call, report, engine, tmp_path):
         assert arrays["last_hidden_state"].shape == (3, 7, 32)
     assert [path.name for path in tmp_path.iterdir()] == ["out.npz"]
     assert "[2, 16, 32]" in call("run", engine, "--random")[1]
+
+
+def test_package(call, report, engine, tmp_path):
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_text('{"model": {}}')
+    made = report("package", engine, "-o", tmp_path / "models/tiny", "--triton", "--tokenizer", tokenizer)
+    assert made["bundle"] == str(tmp_path / "models/tiny/1") and made["tokenizer"] == "tokenizer.json"
+    assert made["triton_command"] == f"tritonserver --model-repository={tmp_path / 'models'}"
+    # A bundle is an engine.
+    assert report("run", made["bundle"], "--random")["outputs"].keys() >= {"last_hidden_state"}
+    code, out, _ = call("package", engine, "-o", tmp_path / "bundle")
+    assert code == 0 and "model.onnx" in out and "Triton" not in out
+    code, _, err = call("package", engine, "-o", tmp_path / "bundle")
+    assert (code, "not empty" in err) == (2, True)
 
 
 def test_run_with_files(call, report, engine, tmp_path):

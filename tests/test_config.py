@@ -78,7 +78,7 @@ def test_a_ratio_that_does_not_fit(option):
 
 
 @pytest.mark.parametrize(("option", "expected"), [
-    ({"gate": "softmax"}, "'raw', 'sigmoid', 'tanh' or 'straight-through'"),
+    ({"gate": "softmax"}, "'raw', 'sigmoid', 'tanh', 'straight-through' or 'scale'"),
     ({"attend_to": "none"}, "'chosen' or 'all'"),
     ({"axis": "head"}, "'token' or 'sequence'"),
     ({"capacity_multiple": 0}, "greater than or equal to 1"),

@@ -99,6 +99,24 @@ def test_a_copy_is_not_traced(mod):
     assert not trace
 
 
+def test_a_trace_follows_the_graph():
+    """What a trace runs is made beforehand: it has to know of dropout, dtypes and capacities that changed since."""
+    mod = randomise_routers(convert(Stack(Block(dropout=0.5), Block(dropout=0.5)), (torch.randn(2, 5, 8),),
+                                    MoDConfig(capacity_ratio=0.5)))
+
+    def traced():
+        with trace_routing(mod) as trace, torch.no_grad():
+            return mod(X.to(mod.routers["layers.1"].weight.dtype)), trace["layers.1"]
+
+    assert torch.equal(traced()[0], traced()[0])
+    mod.train()
+    assert not torch.equal(traced()[0], traced()[0])
+    mod.eval().set_capacity(5 / 63)
+    assert traced()[1].positions.shape == (3, 5) and torch.equal(traced()[0], mod(X))
+    mod.double()
+    assert traced()[1].output.dtype == torch.float64
+
+
 def test_gradients_reach_the_router_through_a_trace(mod):
     with trace_routing(mod) as trace:
         mod(X, MASK)

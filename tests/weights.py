@@ -1,6 +1,6 @@
 """Real pretrained weights, as examples/pretrained.py reads them: where they are not installed the test is skipped."""
 
-__all__ = ["minilm", "smollm2"]
+__all__ = ["minilm", "minilm_folder", "smollm2"]
 
 import importlib.util
 from pathlib import Path
@@ -12,6 +12,11 @@ _SPEC = importlib.util.spec_from_file_location("pretrained", Path(__file__).pare
 assert _SPEC is not None and _SPEC.loader is not None
 _PRETRAINED = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(_PRETRAINED)
+
+
+def minilm_folder() -> Path:
+    """Where all-MiniLM-L6-v2's files are, its tokenizer among them."""
+    return _loaded(lambda: _PRETRAINED.folder_of(*_PRETRAINED.MINILM))
 
 
 def minilm() -> nn.Module:

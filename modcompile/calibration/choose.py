@@ -1,6 +1,6 @@
 """Which blocks to route or drop, and how far, for a budget: by measured loss per FLOP saved."""
 
-__all__ = ["Move", "Search"]
+__all__ = ["Move", "Search", "check_budget", "model_flops"]
 
 import dataclasses
 import math
@@ -31,6 +31,26 @@ class Move:
     ratio: Fraction
     loss: float
     flops: float
+
+
+def model_flops(trials: Trials, state: State) -> int:
+    """FLOPs of a model with this state: one without a routed block gets a router all the same."""
+    routed = any(DROPPED < ratio < DENSE for ratio in state.values())
+    return trials.flops(state) + (0 if routed else trials.router_flops)
+
+
+def check_budget(trials: Trials, ratio: Fraction, budget: float) -> None:
+    """Whether this ratio in every block meets a budget.
+
+    Raises:
+        UsageError: It does not; with the lowest budget that it meets.
+    """
+    lowest = model_flops(trials, dict.fromkeys(trials.paths, ratio)) / trials.dense_flops
+    if budget < lowest:
+        rows = f"{ratio} of the rows" if ratio else "nothing"
+        least = f"{math.ceil(lowest * 1e4) / 1e4}: {rows} in each of {len(trials.paths)} blocks"
+        raise UsageError("the budget cannot be met", expected=f"at least {least}", found=budget, where="budget",
+                         fix="a higher budget, or more blocks")
 
 
 class Search:
@@ -78,14 +98,8 @@ class Search:
         Raises:
             UsageError: A budget that the smallest ratio in every block does not meet, with the lowest that it does.
         """
-        dense, least = self.trials.dense_flops, dict.fromkeys(self.trials.paths, self.ratios[0])
-        lowest = self._flops(least) / dense
-        if budget < lowest:
-            rows = f"{self.ratios[0]} of the rows" if self.ratios[0] else "nothing"
-            raise UsageError("the budget cannot be met", found=budget, where="budget", expected="at least "
-                             f"{math.ceil(lowest * 1e4) / 1e4}: {rows} in each of {len(least)} blocks",
-                             fix="a higher budget, or more blocks")
-        while self.flops > budget * dense:
+        check_budget(self.trials, self.ratios[0], budget)
+        while self.flops > budget * self.trials.dense_flops:
             options = [key for key in self._candidates if key[1] < self.state[key[0]]]
             if not self._prices:
                 self._say(f"trying {len(options)} ratios of blocks")
@@ -141,9 +155,7 @@ class Search:
             self._change({path: ratio for path, ratio in best[1].items() if ratio != self.state[path]})
 
     def _flops(self, state: State) -> int:
-        """FLOPs of a model with this state: one without a routed block gets a router all the same."""
-        routed = any(DROPPED < ratio < DENSE for ratio in state.values())
-        return self.trials.flops(state) + (0 if routed else self.trials.router_flops)
+        return model_flops(self.trials, state)
 
     def _trial(self, path: str, ratio: Fraction) -> float:
         return self.trials.loss(self.state | {path: ratio}, path)

@@ -1,6 +1,6 @@
-"""Verbs on engines: build, run, verify, bench."""
+"""Verbs on engines: build, package, run, verify, bench."""
 
-__all__ = ["BENCH_EXAMPLES", "bench", "build", "run", "verify"]
+__all__ = ["BENCH_EXAMPLES", "bench", "build", "package", "run", "verify"]
 
 import json
 import os
@@ -78,6 +78,29 @@ def build(
     emit(as_json, {"output": str(output), **manifest.model_dump(mode="json")},
          Group(Text(str(output), "bold"), Text(facts),
                table("routed blocks", ("path", "K/S", "K"), blocks) if blocks else Text("a dense model")))
+
+
+def package(
+    engine: EngineArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the bundle goes; with "
+        "--triton the model's folder in a model repository, as models/minilm.")],
+    tokenizer: Annotated[Path | None, typer.Option(
+        metavar="FILE", help="The model's tokenizer.json, or an ONNX model that takes texts: it goes into the bundle."
+    )] = None,
+    triton: Annotated[bool, typer.Option("--triton", help="Write a model for Triton Inference Server.")] = False,
+    overwrite: opt.Overwrite = False,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Packs an engine into one folder to ship: a bundle, for C++ and Python programs or for Triton."""
+    from modcompile.bundle import package as make_bundle
+
+    with working("packing"):
+        made = make_bundle(engine, output, tokenizer=tokenizer, triton=triton, overwrite=overwrite)
+    rows = [(name, engineering(record.size)) for name, record in made.manifest.files.items()]
+    start = [Text(f"start Triton with\n  {made.triton_command}")] if made.triton_command else []
+    data = {"output": str(output), "bundle": str(made.folder), "triton_command": made.triton_command,
+            **made.manifest.model_dump(mode="json")}
+    emit(as_json, data, Group(table(str(made.folder), ("file", "bytes"), rows), *start))
 
 
 def run(

@@ -14,6 +14,8 @@ __all__ = [
     "Overwrite",
     "PaddingMask",
     "Precision",
+    "Router",
+    "RouterHidden",
     "Shapes",
     "config_from",
     "read_options",
@@ -53,8 +55,13 @@ Blocks = Annotated[str | None, typer.Option(
 CapacityRatio = Annotated[str | None, typer.Option(
     help="K/S: a number such as 0.125 (the default) or 1/8, or one for each routed block, separated by commas.")]
 CapacityMultiple = Annotated[int | None, typer.Option(help="Round K up to a multiple of this; 1 by default.")]
-Gate = Annotated[Literal["raw", "sigmoid", "tanh", "straight-through"] | None, typer.Option(
+Gate = Annotated[Literal["raw", "sigmoid", "tanh", "straight-through", "scale"] | None, typer.Option(
     help="The weight of a chosen row's update; raw by default.")]
+Router = Annotated[Literal["linear", "mlp", "depth", "attention", "noise"] | None, typer.Option(
+    help="What scores the rows; linear by default. depth goes with --axis sequence, attention with --gate "
+    "straight-through or scale; noise is a control, of which no engine can be made.")]
+RouterHidden = Annotated[int | None, typer.Option(
+    help="The width of the hidden layer of mlp and depth; by default a quarter of the hidden state's.")]
 AttendTo = Annotated[Literal["chosen", "all"] | None, typer.Option(
     help="Which rows a chosen row attends to; chosen by default.")]
 Axis = Annotated[Literal["token", "sequence"] | None, typer.Option(
@@ -68,7 +75,8 @@ PaddingMask = Annotated[str | None, typer.Option(
 Conversion = dict[str, Any]
 
 _CONVERSION = {"blocks": Blocks, "capacity_ratio": CapacityRatio, "capacity_multiple": CapacityMultiple, "gate": Gate,
-               "attend_to": AttendTo, "axis": Axis, "padding_mask": PaddingMask}
+               "router": Router, "router_hidden": RouterHidden, "attend_to": AttendTo, "axis": Axis,
+               "padding_mask": PaddingMask}
 
 
 def takes_conversion(verb: Callable[..., None]) -> Callable[..., None]:

@@ -144,8 +144,14 @@ def _trace(module: nn.Module, call: Node) -> GraphModule:
     fakes = {name: mode.from_tensor(tensor, static_shapes=True) for name, tensor in parameters.items()}
     with mode, torch.no_grad():
         # What is recorded in the graph is from before the model was moved to its device.
-        examples = [example.to(next(iter(fakes.values())).device) for example in examples]
+        examples = [example.to(next(iter(fakes.values()), example).device) for example in examples]
         body = make_fx(forward, pre_dispatch=True)(fakes, *examples)
+    random = next((node.target for node in body.graph.nodes if isinstance(node.target, OpOverload)
+                   and torch.Tag.nondeterministic_seeded in node.target.tags), None)
+    if random is not None:
+        raise UnsupportedGraphError("a router draws random numbers, so no engine could be verified", found=random,
+                                    expected="logits that follow from the rows", where=call.target,
+                                    fix="convert with another router; compare qualities in PyTorch")
     placeholders = body.graph.find_nodes(op="placeholder")
     for node, name in zip(placeholders, parameters, strict=False):
         with body.graph.inserting_before(node):

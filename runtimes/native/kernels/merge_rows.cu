@@ -4,6 +4,8 @@
 // The floor out of place is reading x and the chosen rows of y and writing the output: for 8 x 2048 rows of 2048
 // bfloat16 with one in eight chosen 143 MB, 48 us at the 3.0 TB/s that a copy reaches on an H100.
 
+#include <algorithm>
+
 #include "element.cuh"
 #include "modcompile_kernels.h"
 
@@ -66,16 +68,26 @@ __device__ __forceinline__ int64_t warp_of_grid() {
 }
 
 template <typename T, int kCount>
+struct Updated {
+  Word<T, kCount>* x;
+  const Word<T, kCount>* y;
+};
+
+// One merge, or two at the same slots: `warps` is once or twice as many.
+template <typename T, int kCount>
 __global__ void __launch_bounds__(kThreads, kCtasPerProcessor)
-    merge_in_place_kernel(Word<T, kCount>* x, const Word<T, kCount>* y, const void* positions, int index_bytes,
-                          const T* gates, int64_t slots, int64_t rows, int64_t capacity, int64_t words) {
-  const int64_t slot = warp_of_grid();
-  if (slot >= slots) return;
+    merge_in_place_kernel(Updated<T, kCount> first, Updated<T, kCount> second, int64_t warps, const void* positions,
+                          int index_bytes, const T* gates, int64_t slots, int64_t rows, int64_t capacity,
+                          int64_t words) {
+  const int64_t warp = warp_of_grid();
+  if (warp >= warps) return;
+  const Updated<T, kCount> merged = warp < slots ? first : second;
+  const int64_t slot = warp < slots ? warp : warp - slots;
   const int64_t position = load_index(positions, slot, index_bytes);
   const float gate = to_float(gates[slot]);
   if (gate == 0 || position < 0 || position >= rows) return;
-  Word<T, kCount>* row = x + (slot / capacity * rows + position) * words;
-  merge_row<T, kCount>(row, y + slot * words, gate, row, words, static_cast<int>(threadIdx.x) % kWarp);
+  Word<T, kCount>* row = merged.x + (slot / capacity * rows + position) * words;
+  merge_row<T, kCount>(row, merged.y + slot * words, gate, row, words, static_cast<int>(threadIdx.x) % kWarp);
 }
 
 // The first slot whose position is not below `row`, by all lanes together: each look cuts what is left in 32 parts, so
@@ -127,29 +139,87 @@ __global__ void __launch_bounds__(kThreads, kCtasPerProcessor)
   }
 }
 
-template <typename T, int kCount>
-cudaError_t merge(const void* x, const void* y, const void* positions, int index_bytes, const void* gate, void* out,
-                  int64_t batch, int64_t rows, int64_t capacity, int64_t width, cudaStream_t stream) {
-  constexpr int64_t kWarpsPerCta = kThreads / kWarp;
-  const int64_t words = width / kCount;
-  const auto* updates = static_cast<const Word<T, kCount>*>(y);
-  const auto* gates = static_cast<const T*>(gate);
-  if (out == x) {
-    const int64_t slots = batch * capacity;
-    return launch(merge_in_place_kernel<T, kCount>, ceil_div(slots, kWarpsPerCta), kThreads, stream,
-                  static_cast<Word<T, kCount>*>(out), updates, positions, index_bytes, gates, slots, rows, capacity, words);
+// A merge's tensors, untyped.
+struct Merge {
+  const void* x;
+  const void* y;
+  void* out;
+
+  bool in_place() const { return out == x; }
+  bool is_complete() const { return x != nullptr && y != nullptr && out != nullptr; }
+  bool is_wide(int64_t width, int64_t per_word) const {
+    return width % per_word == 0 && is_aligned(x, 16) && is_aligned(y, 16) && is_aligned(out, 16);
   }
+};
+
+// Where rows go, which merges may share.
+struct Slots {
+  const void* positions;
+  int index_bytes;
+  const void* gate;
+  int64_t batch, rows, capacity, width;
+
+  bool is_valid() const {
+    return positions && gate && is_index_width(index_bytes) && batch >= 0 && capacity >= 1 && capacity <= rows &&
+           width >= 1;
+  }
+};
+
+constexpr int64_t kWarpsPerCta = kThreads / kWarp;
+
+template <typename T, int kCount>
+cudaError_t merge_in_place(const Merge* merges, int count, const Slots& at, cudaStream_t stream) {
+  Updated<T, kCount> updated[2] = {};
+  for (int i = 0; i < count; ++i) {
+    updated[i] = {static_cast<Word<T, kCount>*>(merges[i].out), static_cast<const Word<T, kCount>*>(merges[i].y)};
+  }
+  const int64_t slots = at.batch * at.capacity;
+  return launch(merge_in_place_kernel<T, kCount>, ceil_div(count * slots, kWarpsPerCta), kThreads, stream, updated[0],
+                updated[1], count * slots, at.positions, at.index_bytes, static_cast<const T*>(at.gate), slots,
+                at.rows, at.capacity, at.width / kCount);
+}
+
+template <typename T, int kCount>
+cudaError_t merge_streaming(const Merge& merge, const Slots& at, cudaStream_t stream) {
   int processors = 0;
   if (const cudaError_t error = multiprocessors(&processors)) return error;
   // Rows that one wave of CTAs can take are dealt out evenly. For more, many small shares: a last wave that is almost
   // empty is then short.
-  const int64_t in_one_wave = ceil_div(batch * rows, processors * kCtasPerProcessor * kWarpsPerCta);
+  const int64_t in_one_wave = ceil_div(at.batch * at.rows, processors * kCtasPerProcessor * kWarpsPerCta);
   const int rows_per_warp = in_one_wave <= 8 ? static_cast<int>(in_one_wave) : 2;
-  const int64_t warps_per_batch_row = ceil_div<int64_t>(rows, rows_per_warp);
-  const int64_t warps = batch * warps_per_batch_row;
+  const int64_t warps_per_batch_row = ceil_div<int64_t>(at.rows, rows_per_warp);
+  const int64_t warps = at.batch * warps_per_batch_row;
   return launch(merge_streaming_kernel<T, kCount>, ceil_div(warps, kWarpsPerCta), kThreads, stream,
-                static_cast<const Word<T, kCount>*>(x), updates, positions, index_bytes, gates, static_cast<Word<T, kCount>*>(out), rows,
-                capacity, words, rows_per_warp, warps_per_batch_row, warps);
+                static_cast<const Word<T, kCount>*>(merge.x), static_cast<const Word<T, kCount>*>(merge.y),
+                at.positions, at.index_bytes, static_cast<const T*>(at.gate),
+                static_cast<Word<T, kCount>*>(merge.out), at.rows, at.capacity, at.width / kCount, rows_per_warp,
+                warps_per_batch_row, warps);
+}
+
+template <typename T, int kCount>
+cudaError_t merge_each(const Merge* merges, int count, const Slots& at, cudaStream_t stream) {
+  if (std::all_of(merges, merges + count, [](const Merge& merge) { return merge.in_place(); })) {
+    return merge_in_place<T, kCount>(merges, count, at, stream);
+  }
+  for (int i = 0; i < count; ++i) {
+    const cudaError_t error = merges[i].in_place() ? merge_in_place<T, kCount>(merges + i, 1, at, stream)
+                                                   : merge_streaming<T, kCount>(merges[i], at, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t merge(const Merge* merges, int count, const Slots& at, int dtype, cudaStream_t stream) {
+  const bool complete = std::all_of(merges, merges + count, [](const Merge& merge) { return merge.is_complete(); });
+  if (!complete || !at.is_valid()) return cudaErrorInvalidValue;
+  return with_element(dtype, [&](auto type) -> cudaError_t {
+    using T = typename decltype(type)::type;
+    constexpr int kWide = kPer16Bytes<T>;
+    if (at.batch == 0) return cudaSuccess;
+    const bool wide = std::all_of(merges, merges + count,
+                                  [&](const Merge& merge) { return merge.is_wide(at.width, kWide); });
+    return (wide ? merge_each<T, kWide> : merge_each<T, 1>)(merges, count, at, stream);
+  });
 }
 
 }  // namespace
@@ -158,17 +228,14 @@ cudaError_t merge(const void* x, const void* y, const void* positions, int index
 int modcompile_merge_rows(const void* x, const void* y, const void* positions, int index_bytes, const void* gate,
                           void* out, int dtype, int64_t batch, int64_t rows, int64_t capacity, int64_t width,
                           void* /*workspace*/, cudaStream_t stream) {
-  using namespace modcompile;
-  if (!x || !y || !positions || !gate || !out || !is_index_width(index_bytes) || batch < 0 || capacity < 1 ||
-      capacity > rows || width < 1) {
-    return cudaErrorInvalidValue;
-  }
-  return with_element(dtype, [&](auto type) -> cudaError_t {
-    using T = typename decltype(type)::type;
-    constexpr int kWide = kPer16Bytes<T>;
-    if (batch == 0) return cudaSuccess;
-    const bool wide = width % kWide == 0 && is_aligned(x, 16) && is_aligned(y, 16) && is_aligned(out, 16);
-    const auto merge_as = wide ? merge<T, kWide> : merge<T, 1>;
-    return merge_as(x, y, positions, index_bytes, gate, out, batch, rows, capacity, width, stream);
-  });
+  const modcompile::Merge merge = {x, y, out};
+  return modcompile::merge(&merge, 1, {positions, index_bytes, gate, batch, rows, capacity, width}, dtype, stream);
+}
+
+int modcompile_merge_row_pairs(const void* x, const void* y, const void* other_x, const void* other_y,
+                               const void* positions, int index_bytes, const void* gate, void* out, void* other_out,
+                               int dtype, int64_t batch, int64_t rows, int64_t capacity, int64_t width,
+                               cudaStream_t stream) {
+  const modcompile::Merge merges[] = {{x, y, out}, {other_x, other_y, other_out}};
+  return modcompile::merge(merges, 2, {positions, index_bytes, gate, batch, rows, capacity, width}, dtype, stream);
 }

@@ -10,6 +10,9 @@
 // The references are modcompile/ops/*.py, and these kernels agree with them bit for bit (the payload of a NaN that a
 // merge computes is the hardware's).
 //
+// Three more do two of them, or one and what stands beside it, in one launch: modcompile_route_rows,
+// modcompile_gather_norm_rows and modcompile_merge_row_pairs.
+//
 // Every function only launches: no allocation, no synchronisation, static grid. All can be captured into a CUDA graph.
 // Pointers are device pointers on the current device, aligned to their element (a row of bytes may begin anywhere);
 // tensors are dense and row-major; outputs overlap no input unless said otherwise.
@@ -89,6 +92,21 @@ MODCOMPILE_API int modcompile_gather_rows(const void* x, const void* positions, 
                                           int64_t batch, int64_t rows, int64_t capacity, int64_t row_bytes,
                                           cudaStream_t stream);
 
+// Packs the rows of x at positions, and beside them what a layer norm or an RMS norm makes of each: in float32, rounded
+// once.
+//
+//   x            [B, S, D] of dtype
+//   positions    [B, K], as for modcompile_gather_rows; a row for one that is not in 0..S-1 is zeros, and so its norm
+//   weight       [D] of dtype
+//   bias         [D] of dtype, or null
+//   epsilon      is added to the variance, or to the mean square
+//   centered     1: (x - mean) / sqrt(variance + epsilon) * weight + bias, a layer norm; 0: without the mean, an RMS norm
+//   out, normed  [B, K, D] of dtype, out
+MODCOMPILE_API int modcompile_gather_norm_rows(const void* x, int dtype, const void* positions, int index_bytes,
+                                               const void* weight, const void* bias, float epsilon, int centered,
+                                               void* out, void* normed, int64_t batch, int64_t rows, int64_t capacity,
+                                               int64_t width, cudaStream_t stream);
+
 // Writes x + gate * (y - x) at positions, and every other row of x as it is, bit for bit.
 //
 // A gate of 1 gives y bit for bit; a gate of 0 gives x bit for bit, even where y is NaN or infinite. Between the two
@@ -105,6 +123,16 @@ MODCOMPILE_API int modcompile_gather_rows(const void* x, const void* positions, 
 MODCOMPILE_API int modcompile_merge_rows(const void* x, const void* y, const void* positions, int index_bytes,
                                          const void* gate, void* out, int dtype, int64_t batch, int64_t rows,
                                          int64_t capacity, int64_t width, void* workspace, cudaStream_t stream);
+
+// Two merges at the same positions with the same gate, such as of the residual stream and of its norm: one launch where
+// both are in place.
+//
+//   x, y, out                     of one merge, as for modcompile_merge_rows
+//   other_x, other_y, other_out   of the other, of the same shapes; they overlap nothing of the first
+MODCOMPILE_API int modcompile_merge_row_pairs(const void* x, const void* y, const void* other_x, const void* other_y,
+                                              const void* positions, int index_bytes, const void* gate, void* out,
+                                              void* other_out, int dtype, int64_t batch, int64_t rows,
+                                              int64_t capacity, int64_t width, cudaStream_t stream);
 
 #ifdef __cplusplus
 }

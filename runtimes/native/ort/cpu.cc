@@ -2,6 +2,7 @@
 // rows and no more.
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <functional>
 #include <string>
@@ -76,6 +77,27 @@ void each_slot(const int64_t* positions, int64_t batch, int64_t rows, int64_t ca
   }
 }
 
+template <typename T>
+void gather_norm(const GatherNormRows& op) {
+  const auto* x = static_cast<const T*>(op.x);
+  const auto* weight = static_cast<const T*>(op.weight);
+  const auto* bias = static_cast<const T*>(op.bias);
+  const auto width = static_cast<double>(op.width);
+  each_slot(op.positions, op.batch, op.rows, op.capacity, [&](int64_t slot, int64_t row) {
+    const T* from = x + row * op.width;
+    T* normed = static_cast<T*>(op.normed) + slot * op.width;
+    std::copy(from, from + op.width, static_cast<T*>(op.out) + slot * op.width);
+    double mean = 0, squares = 0;
+    for (int64_t i = 0; op.centered && i < op.width; ++i) mean += widened(from[i]) / width;
+    for (int64_t i = 0; i < op.width; ++i) squares += (widened(from[i]) - mean) * (widened(from[i]) - mean);
+    const double scale = 1 / std::sqrt(squares / width + op.epsilon);
+    for (int64_t i = 0; i < op.width; ++i) {
+      const double scaled = (widened(from[i]) - mean) * scale * widened(weight[i]);
+      normed[i] = T(static_cast<float>(scaled + (bias == nullptr ? 0 : widened(bias[i]))));
+    }
+  });
+}
+
 // x + gate * (y - x), each step rounded to T, as the reference rounds.
 template <typename T>
 T mix(T x, T y, T gate) {
@@ -129,6 +151,16 @@ void Cpu::run(const GatherRows& op) const {
   });
 }
 
+void Cpu::run(const GatherNormRows& op) const {
+  if (op.element == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16) {
+    gather_norm<Ort::Float16_t>(op);
+  } else if (op.element == ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16) {
+    gather_norm<Ort::BFloat16_t>(op);
+  } else {
+    gather_norm<float>(op);
+  }
+}
+
 void Cpu::run(const MergeRows& op) const {
   switch (op.element) {
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT:
@@ -142,6 +174,15 @@ void Cpu::run(const MergeRows& op) const {
     default:
       ORT_CXX_API_THROW("MergeRows has no kernel for this element type", ORT_NOT_IMPLEMENTED);
   }
+}
+
+void Cpu::run(const MergeRowPairs& op) const {
+  MergeRows other = op.first;
+  other.x = op.other_x;
+  other.y = op.other_y;
+  other.out = op.other_out;
+  run(op.first);
+  run(other);
 }
 
 }  // namespace modcompile

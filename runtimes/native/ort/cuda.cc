@@ -67,10 +67,25 @@ void Cuda::run(const GatherRows& op) const {
         "GatherRows");
 }
 
+void Cuda::run(const GatherNormRows& op) const {
+  check(modcompile_gather_norm_rows(op.x, element_of(op.element), op.positions, kInt64, op.weight, op.bias, op.epsilon,
+                                    op.centered, op.out, op.normed, op.batch, op.rows, op.capacity, op.width,
+                                    static_cast<cudaStream_t>(stream_)),
+        "GatherNormRows");
+}
+
 void Cuda::run(const MergeRows& op) const {
   check(modcompile_merge_rows(op.x, op.y, op.positions, kInt64, op.gate, op.out, element_of(op.element), op.batch,
                               op.rows, op.capacity, op.width, nullptr, static_cast<cudaStream_t>(stream_)),
         "MergeRows");
+}
+
+void Cuda::run(const MergeRowPairs& op) const {
+  const MergeRows& first = op.first;
+  check(modcompile_merge_row_pairs(first.x, first.y, op.other_x, op.other_y, first.positions, kInt64, first.gate,
+                                   first.out, op.other_out, element_of(first.element), first.batch, first.rows,
+                                   first.capacity, first.width, static_cast<cudaStream_t>(stream_)),
+        "MergeRowPairs");
 }
 
 }  // namespace modcompile

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <exception>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -32,7 +33,7 @@ constexpr ONNXTensorElementDataType kBool = ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL;
 // In a kernel's list of inputs and outputs, the type that the op was made for.
 constexpr ONNXTensorElementDataType kElement = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
 
-// Of the rows that a router reads.
+// Of the rows that a router reads, or a norm.
 constexpr std::array kRoutedTypes = {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
                                      ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16};
 constexpr std::array kGatheredTypes = {
@@ -135,7 +136,7 @@ class RouteKernel {
   static constexpr const char* kName = kMasked ? "MaskedRoute" : "Route";
   static constexpr size_t kMask = 1;
   static constexpr int kHostInput = kMasked ? 2 : 1;  // the capacity
-  static constexpr int kInPlaceOf = -1;
+  static constexpr std::array<int, 0> kInPlaceOf = {};
 
   static std::vector<ONNXTensorElementDataType> inputs() {
     return kMasked ? std::vector{kFloat, kBool, kInt64} : std::vector{kFloat, kInt64};
@@ -168,7 +169,7 @@ class RouteRowsKernel {
   static constexpr const char* kName = kMasked ? "MaskedRouteRows" : "RouteRows";
   static constexpr size_t kMask = 3;
   static constexpr int kHostInput = kMasked ? 4 : 3;  // the capacity
-  static constexpr int kInPlaceOf = -1;
+  static constexpr std::array<int, 0> kInPlaceOf = {};
 
   static std::vector<ONNXTensorElementDataType> inputs() {
     return kMasked ? std::vector{kElement, kFloat, kFloat, kBool, kInt64} : std::vector{kElement, kFloat, kFloat, kInt64};
@@ -207,7 +208,7 @@ class GatherRowsKernel {
   using Device = On;
   static constexpr const char* kName = "GatherRows";
   static constexpr int kHostInput = -1;
-  static constexpr int kInPlaceOf = -1;
+  static constexpr std::array<int, 0> kInPlaceOf = {};
 
   static std::vector<ONNXTensorElementDataType> inputs() { return {kElement, kInt64}; }
   static std::vector<ONNXTensorElementDataType> outputs() { return {kElement}; }
@@ -232,13 +233,78 @@ class GatherRowsKernel {
   int64_t element_bytes_;
 };
 
+// A layer norm takes a bias, an RMS norm none.
+template <typename On, bool kCentered>
+class GatherNormKernel {
+ public:
+  using Device = On;
+  static constexpr const char* kName = kCentered ? "GatherLayerNorm" : "GatherRmsNorm";
+  static constexpr int kHostInput = -1;
+  static constexpr std::array<int, 0> kInPlaceOf = {};
+
+  static std::vector<ONNXTensorElementDataType> inputs() {
+    return kCentered ? std::vector{kElement, kInt64, kElement, kElement} : std::vector{kElement, kInt64, kElement};
+  }
+  static std::vector<ONNXTensorElementDataType> outputs() { return {kElement, kElement}; }
+
+  GatherNormKernel(const OrtKernelInfo* info, ONNXTensorElementDataType element)
+      : epsilon_(Ort::ConstKernelInfo(info).GetAttribute<float>("epsilon")), element_(element) {}
+
+  void compute(const Ort::KernelContext& context) const {
+    const Input x(context.GetInput(0)), positions(context.GetInput(1)), weight(context.GetInput(2));
+    require(x.shape.size() == 3, "x [B, S, D]", x.shape);
+    require(positions.shape.size() == 2 && positions.shape[0] == x.shape[0],
+            "positions [" + std::to_string(x.shape[0]) + ", K]", positions.shape);
+    const int64_t batch = x.shape[0], rows = x.shape[1], width = x.shape[2], capacity = positions.shape[1];
+    require(weight.shape == Shape{width}, "weight " + text_of({width}), weight.shape);
+    const void* bias = nullptr;
+    if constexpr (kCentered) {
+      const Input given(context.GetInput(3));
+      require(given.shape == Shape{width}, "bias " + text_of({width}), given.shape);
+      bias = given.data;
+    }
+    const Shape shape = {batch, capacity, width};
+    void* out = output(context, 0, shape);
+    void* normed = output(context, 1, shape);
+    if (batch * capacity * width == 0) return;
+    Device(context).run(GatherNormRows{x.data, positions.as<int64_t>(), weight.data, bias, epsilon_, kCentered, out,
+                                       normed, element_, batch, rows, capacity, width});
+  }
+
+ private:
+  float epsilon_;
+  ONNXTensorElementDataType element_;
+};
+
+template <typename On>
+using GatherLayerNormKernel = GatherNormKernel<On, true>;
+template <typename On>
+using GatherRmsNormKernel = GatherNormKernel<On, false>;
+
+// The merge of the inputs x, y, positions and gate into the first output.
+MergeRows merge_of(const Ort::KernelContext& context, ONNXTensorElementDataType element) {
+  const Input x(context.GetInput(0)), y(context.GetInput(1)), positions(context.GetInput(2)), gate(context.GetInput(3));
+  require(x.shape.size() == 3, "x [B, S, D]", x.shape);
+  require(positions.shape.size() == 2 && positions.shape[0] == x.shape[0],
+          "positions [" + std::to_string(x.shape[0]) + ", K]", positions.shape);
+  const int64_t batch = x.shape[0], rows = x.shape[1], width = x.shape[2], capacity = positions.shape[1];
+  const Shape updates = {batch, capacity, width};
+  require(y.shape == updates, "y " + text_of(updates), y.shape);
+  require(gate.shape == positions.shape, "gate " + text_of(positions.shape), gate.shape);
+  void* out = output(context, 0, x.shape);
+  if (batch * rows * width != 0) {
+    require(1 <= capacity && capacity <= rows, "from 1 to " + std::to_string(rows) + " positions", positions.shape);
+  }
+  return {x.data, y.data, positions.as<int64_t>(), gate.data, out, element, batch, rows, capacity, width};
+}
+
 template <typename On>
 class MergeRowsKernel {
  public:
   using Device = On;
   static constexpr const char* kName = "MergeRows";
   static constexpr int kHostInput = -1;
-  static constexpr int kInPlaceOf = 0;
+  static constexpr std::array kInPlaceOf = {0};
 
   static std::vector<ONNXTensorElementDataType> inputs() { return {kElement, kElement, kInt64, kElement}; }
   static std::vector<ONNXTensorElementDataType> outputs() { return {kElement}; }
@@ -246,20 +312,40 @@ class MergeRowsKernel {
   MergeRowsKernel(const OrtKernelInfo*, ONNXTensorElementDataType element) : element_(element) {}
 
   void compute(const Ort::KernelContext& context) const {
-    const Input x(context.GetInput(0)), y(context.GetInput(1)), positions(context.GetInput(2)),
-        gate(context.GetInput(3));
-    require(x.shape.size() == 3, "x [B, S, D]", x.shape);
-    require(positions.shape.size() == 2 && positions.shape[0] == x.shape[0],
-            "positions [" + std::to_string(x.shape[0]) + ", K]", positions.shape);
-    const int64_t batch = x.shape[0], rows = x.shape[1], width = x.shape[2], capacity = positions.shape[1];
-    const Shape updates = {batch, capacity, width};
-    require(y.shape == updates, "y " + text_of(updates), y.shape);
-    require(gate.shape == positions.shape, "gate " + text_of(positions.shape), gate.shape);
-    void* out = output(context, 0, x.shape);
-    if (batch * rows * width == 0) return;
-    require(1 <= capacity && capacity <= rows, "from 1 to " + std::to_string(rows) + " positions", positions.shape);
-    Device(context).run(MergeRows{x.data, y.data, positions.as<int64_t>(), gate.data, out, element_, batch, rows,
-                                  capacity, width});
+    const MergeRows merge = merge_of(context, element_);
+    if (merge.batch * merge.rows * merge.width != 0) Device(context).run(merge);
+  }
+
+ private:
+  ONNXTensorElementDataType element_;
+};
+
+template <typename On>
+class MergeRowPairsKernel {
+ public:
+  using Device = On;
+  static constexpr const char* kName = "MergeRowPairs";
+  static constexpr size_t kOtherX = 4, kOtherY = 5;
+  static constexpr int kHostInput = -1;
+  static constexpr std::array kInPlaceOf = {0, static_cast<int>(kOtherX)};
+
+  static std::vector<ONNXTensorElementDataType> inputs() {
+    return {kElement, kElement, kInt64, kElement, kElement, kElement};
+  }
+  static std::vector<ONNXTensorElementDataType> outputs() { return {kElement, kElement}; }
+
+  MergeRowPairsKernel(const OrtKernelInfo*, ONNXTensorElementDataType element) : element_(element) {}
+
+  void compute(const Ort::KernelContext& context) const {
+    const MergeRows first = merge_of(context, element_);
+    const Input x(context.GetInput(kOtherX)), y(context.GetInput(kOtherY));
+    const Shape whole = {first.batch, first.rows, first.width}, updates = {first.batch, first.capacity, first.width};
+    require(x.shape == whole, "other_x " + text_of(whole), x.shape);
+    require(y.shape == updates, "other_y " + text_of(updates), y.shape);
+    void* out = output(context, 1, whole);
+    if (first.batch * first.rows * first.width != 0) {
+      Device(context).run(MergeRowPairs{first, x.data, y.data, out});
+    }
   }
 
  private:
@@ -295,28 +381,35 @@ struct Op : Ort::CustomOpBase<Op<Kernel>, Guarded<Kernel>, true> {
     OrtCustomOp::version = api_version;
     std::replace(input_types.begin(), input_types.end(), kElement, element);
     std::replace(output_types.begin(), output_types.end(), kElement, element);
-    if constexpr (Kernel::kInPlaceOf >= 0) {
+    if constexpr (!Kernel::kInPlaceOf.empty()) {
+      // Input kInPlaceOf[i] may be output i.
       OrtCustomOp::GetMayInplace = [](int** from, int** to) -> size_t {
-        *from = new int[1]{Kernel::kInPlaceOf};
-        *to = new int[1]{0};
-        return 1;
+        constexpr size_t count = Kernel::kInPlaceOf.size();
+        *from = new int[count];
+        *to = new int[count];
+        std::copy(Kernel::kInPlaceOf.begin(), Kernel::kInPlaceOf.end(), *from);
+        std::iota(*to, *to + count, 0);
+        return count;
       };
       OrtCustomOp::ReleaseMayInplace = [](int* from, int* to) {
         delete[] from;
         delete[] to;
       };
-      // Only a result that is known to be as large as x can take its place. Other shapes are in the file. Whatever the
-      // node's type, ONNX Runtime asks the first op of the name.
+      // Only a result that is known to be as large as its input can take its place. Other shapes are in the file.
+      // Whatever the node's type, ONNX Runtime asks the first op of the name.
       OrtCustomOp::InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) -> OrtStatusPtr {
         return guarded([=] {
           const OrtApi& api = Ort::GetApi();
           const Ort::ShapeInferContext shapes(&api, context);
-          const auto& shape = shapes.GetInputShape(Kernel::kInPlaceOf);
           const auto is_unknown = [](const auto& dim) { return dim.IsInt() && dim.AsInt() < 0; };
-          if (shape.empty() || std::any_of(shape.begin(), shape.end(), is_unknown)) return;
-          OrtTensorTypeAndShapeInfo* x = nullptr;  // owned by the context
-          Ort::ThrowOnError(api.ShapeInferContext_GetInputTypeShape(context, Kernel::kInPlaceOf, &x));
-          Ort::ThrowOnError(api.ShapeInferContext_SetOutputTypeShape(context, 0, x));
+          for (size_t i = 0; i < Kernel::kInPlaceOf.size(); ++i) {
+            const auto input = static_cast<size_t>(Kernel::kInPlaceOf[i]);
+            const auto& shape = shapes.GetInputShape(input);
+            if (shape.empty() || std::any_of(shape.begin(), shape.end(), is_unknown)) continue;
+            OrtTensorTypeAndShapeInfo* info = nullptr;  // owned by the context
+            Ort::ThrowOnError(api.ShapeInferContext_GetInputTypeShape(context, input, &info));
+            Ort::ThrowOnError(api.ShapeInferContext_SetOutputTypeShape(context, i, info));
+          }
         });
       };
     }
@@ -360,9 +453,14 @@ class Library {
     for (const auto type : kRoutedTypes) {
       add<PlainRouteRowsKernel<Device>>(type);
       add<MaskedRouteRowsKernel<Device>>(type);
+      add<GatherLayerNormKernel<Device>>(type);
+      add<GatherRmsNormKernel<Device>>(type);
     }
     for (const auto type : kGatheredTypes) add<GatherRowsKernel<Device>>(type);
-    for (const auto type : Device::kMergedTypes) add<MergeRowsKernel<Device>>(type);
+    for (const auto type : Device::kMergedTypes) {
+      add<MergeRowsKernel<Device>>(type);
+      add<MergeRowPairsKernel<Device>>(type);
+    }
   }
 
   template <typename Kernel>

@@ -45,6 +45,20 @@ struct GatherRows {
   int64_t batch, rows, capacity, row_bytes;
 };
 
+// The gathered rows and their norm.
+struct GatherNormRows {
+  const void* x;             // [B, S, D]
+  const int64_t* positions;  // [B, K]
+  const void* weight;        // [D]
+  const void* bias;          // [D], or null
+  float epsilon;
+  bool centered;  // a layer norm; otherwise an RMS norm
+  void* out;      // [B, K, D]
+  void* normed;   // [B, K, D]
+  ONNXTensorElementDataType element;
+  int64_t batch, rows, capacity, width;
+};
+
 struct MergeRows {
   const void* x;             // [B, S, D]
   const void* y;             // [B, K, D]
@@ -53,6 +67,14 @@ struct MergeRows {
   void* out;                 // [B, S, D]; x itself where ONNX Runtime reuses its memory
   ONNXTensorElementDataType element;
   int64_t batch, rows, capacity, width;
+};
+
+// Two merges at the same positions with the same gate.
+struct MergeRowPairs {
+  MergeRows first;
+  const void* other_x;  // [B, S, D]
+  const void* other_y;  // [B, K, D]
+  void* other_out;      // [B, S, D]; other_x itself where ONNX Runtime reuses its memory
 };
 
 // A device is made for each call and throws Ort::Exception where an op cannot be done.
@@ -72,7 +94,9 @@ class Cpu {
   void run(const Route& op) const;
   void run(const RouteRows& op, Kept&) const;
   void run(const GatherRows& op) const;
+  void run(const GatherNormRows& op) const;
   void run(const MergeRows& op) const;
+  void run(const MergeRowPairs& op) const;
 };
 
 // Launches on the stream that ONNX Runtime's provider computes on; nothing here waits or allocates.
@@ -105,7 +129,9 @@ class Cuda {
   void run(const Route& op) const;
   void run(const RouteRows& op, Kept& kept) const;
   void run(const GatherRows& op) const;
+  void run(const GatherNormRows& op) const;
   void run(const MergeRows& op) const;
+  void run(const MergeRowPairs& op) const;
 
  private:
   void* stream_;

@@ -122,13 +122,22 @@ void check(size_t batch, size_t rows, size_t capacity, size_t width) {
   const OnDevice<float> rows_there(batch * capacity * width), merged_there(batch * rows * width);
   CHECK(modcompile_gather_rows(x_there.get(), positions.get(), 8, rows_there.get(), b, s, k, d * 4, nullptr) ==
         cudaSuccess);
+  const OnDevice<float> again_there(batch * capacity * width), normed_there(batch * capacity * width);
+  CHECK(modcompile_gather_norm_rows(x_there.get(), MODCOMPILE_FLOAT32, positions.get(), 8, weight_there.get(), nullptr,
+                                    1e-5f, 1, again_there.get(), normed_there.get(), b, s, k, d, nullptr) ==
+        cudaSuccess);
   CHECK(modcompile_merge_rows(x_there.get(), y_there.get(), positions.get(), 8, gate_there.get(), merged_there.get(),
                               MODCOMPILE_FLOAT32, b, s, k, d, nullptr, nullptr) == cudaSuccess);
   CHECK(modcompile_merge_rows(x_there.get(), y_there.get(), positions.get(), 8, gate_there.get(), x_there.get(),
                               MODCOMPILE_FLOAT32, b, s, k, d, nullptr, nullptr) == cudaSuccess);
+  const OnDevice<float> pair_there(x), other_there(x);
+  CHECK(modcompile_merge_row_pairs(pair_there.get(), y_there.get(), other_there.get(), y_there.get(), positions.get(), 8,
+                                   gate_there.get(), pair_there.get(), other_there.get(), MODCOMPILE_FLOAT32, b, s, k,
+                                   d, nullptr) == cudaSuccess);
   const auto chosen = positions.values();
   auto expected = x;
   const auto gathered = rows_there.values();
+  CHECK(again_there.values() == gathered);
   for (size_t slot = 0; slot < batch * capacity; ++slot) {
     float* row = &expected[(slot / capacity * rows + static_cast<size_t>(chosen[slot])) * width];
     for (size_t i = 0; i < width; ++i) {
@@ -139,6 +148,8 @@ void check(size_t batch, size_t rows, size_t capacity, size_t width) {
   }
   CHECK(merged_there.values() == expected);
   CHECK(x_there.values() == expected);
+  CHECK(pair_there.values() == expected);
+  CHECK(other_there.values() == expected);
 }
 
 }  // namespace

@@ -10,8 +10,9 @@ __all__ = ["fuse_for_cuda"]
 
 import onnx_ir as ir
 from modcompile.runtimes.ort.fuse.attention import fuse_attention
+from modcompile.runtimes.ort.fuse.gather import fuse_gathers
 from modcompile.runtimes.ort.fuse.gelu import fuse_gelu
-from modcompile.runtimes.ort.fuse.norm import fuse_norms
+from modcompile.runtimes.ort.fuse.norm import fuse_lone_norms, fuse_norms
 from modcompile.runtimes.ort.fuse.router import fuse_routers
 from onnx_ir.passes import common
 
@@ -25,9 +26,11 @@ def fuse_for_cuda(model: ir.Model, *, custom_ops: bool = False) -> ir.Model:
     """
     fuse_attention(model)
     fuse_norms(model)
-    fuse_gelu(model)
     if custom_ops:
+        fuse_gathers(model)
         fuse_routers(model)
+    fuse_lone_norms(model)
+    fuse_gelu(model)
     # New nodes stand where the last of the old ones stood, which may be behind a user of another output.
     model.graph.sort()
     common.RemoveUnusedNodesPass()(model)

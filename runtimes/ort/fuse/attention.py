@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
-from modcompile.runtimes.ort.fuse.constant import add_constant
+from modcompile.runtimes.ort.fuse.edit import add_constant
 
 DOMAIN = "com.microsoft"
 # Of a sequence, up to which one product of three is faster on an H100.

@@ -13,17 +13,24 @@ merge, on the K rows and on the others apart:
              %n_s = LayerNormalization(%s, %g, %d);  %n = MergeRows(%n_s, %n_rows, %positions, 1)
 
 Then the norm of all rows is fused with the sum that made them, and both merges write K rows in place. Where the gate is
-known to be 1, %rows are %y itself, and its norm is fused as well. The fused norms are onnxscript's own rewrites.
+known to be 0 or 1, a merged row is %s's or %y's, and so is its norm. Then the norm of %y is fused too, and both merges
+are one operator of our own:
+
+    after:   %s = Add(...);  %n_s = LayerNormalization(%s, %g, %d);  %n_y = LayerNormalization(%y, %g, %d)
+             %m, %n = MergeRowPairs(%s, %y, %positions, %gate, %n_s, %n_y)
+
+The fused norms are onnxscript's own rewrites.
 
 A norm that is left alone, such as one of gathered rows, becomes a fused one with nothing to add: for 1024 rows of 1024
 ONNX Runtime's kernel for the norm alone takes 11 us on an H100, the other 3.
 """
 
-__all__ = ["fuse_norms"]
+__all__ = ["fuse_lone_norms", "fuse_norms"]
 
 import numpy as np
 import onnx_ir as ir
-from modcompile.runtimes.ort.fuse.constant import add_constant
+from modcompile.runtimes.ort.custom_ops import DOMAIN
+from modcompile.runtimes.ort.fuse.edit import add_constant, add_function, take_place
 from onnxscript.rewriter.ort_fusions.skip_normalization import (
     fuse_skip_layer_normalization,
     fuse_skip_rms_normalization,
@@ -35,17 +42,31 @@ _NORMS = ("LayerNormalization", "SimplifiedLayerNormalization")
 # K of S rows at most, above which a norm of its own for them is not worth its launch.
 _MOST_ROWS = 0.5
 
+_PAIRS = f"""
+MergeRowPairs (x, y, positions, gate, other_x, other_y) => (merged, other_merged)
+{{
+    merged = {DOMAIN}.MergeRows (x, y, positions, gate)
+    other_merged = {DOMAIN}.MergeRows (other_x, other_y, positions, gate)
+}}
+"""
+
 
 def fuse_norms(model: ir.Model) -> None:
-    """Rewrites a model in place."""
+    """Rewrites the norms of sums in place."""
     for node in list(model.graph):
         if node.domain == "" and node.op_type == "RMSNormalization":
             # ONNX Runtime's own name for it, by which the next rewrites know it.
             node.op_type = "SimplifiedLayerNormalization"
         if node.domain == "" and node.op_type in _NORMS:
             _norm_before_merge(model.graph, node)
+    if any(node.op_type == "MergeRowPairs" for node in model.graph):
+        add_function(model, _PAIRS)
     fuse_skip_layer_normalization(model)
     fuse_skip_rms_normalization(model)
+
+
+def fuse_lone_norms(model: ir.Model) -> None:
+    """Rewrites the norms that are left in place."""
     for node in list(model.graph):
         if node.domain == "" and node.op_type in _NORMS:
             _skip_nothing(model.graph, node)
@@ -70,8 +91,6 @@ def _norm_before_merge(graph: ir.Graph, norm: ir.Node) -> None:
     batch, rows, _, _, capacity = sizes
     if capacity > _MOST_ROWS * rows:
         return
-    one = add_constant(graph, f"{norm.name}/ones", np.ones((batch, capacity), merged.dtype.numpy()))
-
     def added(after: ir.Node, node: ir.Node, like: ir.Value) -> ir.Value:
         graph.insert_after(after, node)
         node.outputs[0].shape, node.outputs[0].type = like.shape, like.type
@@ -83,11 +102,15 @@ def _norm_before_merge(graph: ir.Graph, norm: ir.Node) -> None:
         return added(after, copy, value)
 
     normed_x = normed(x, summed, "all")
-    if _is_one(gate):
-        normed_rows = normed(y, merge, "rows")
-    else:
-        gather = ir.node("GatherRows", [merged, positions], domain=merge.domain, name=f"{norm.name}/GatherRows")
-        normed_rows = normed(added(merge, gather, y), gather, "rows")
+    if _is_switch(gate):
+        pair = ir.node("MergeRowPairs", [*merge.inputs, normed_x, normed(y, merge, "rows")], domain=DOMAIN,
+                       num_outputs=2, name=f"{merge.name}Pairs")
+        graph.insert_before(norm, pair)
+        take_place(pair, (merged, norm.outputs[0]))
+        return
+    gather = ir.node("GatherRows", [merged, positions], domain=DOMAIN, name=f"{norm.name}/GatherRows")
+    normed_rows = normed(added(merge, gather, y), gather, "rows")
+    one = add_constant(graph, f"{norm.name}/ones", np.ones((batch, capacity), merged.dtype.numpy()))
     # The norm's node becomes the merge, for its output may be one of the graph's.
     norm.op_type, norm.domain = merge.op_type, merge.domain
     norm.attributes.clear()
@@ -115,6 +138,10 @@ def _skip_nothing(graph: ir.Graph, norm: ir.Node) -> None:
         norm.replace_input_with(index, value)
 
 
-
-def _is_one(gate: ir.Value) -> bool:
-    return gate.const_value is not None and bool((gate.const_value.numpy() == 1).all())
+def _is_switch(gate: ir.Value) -> bool:
+    """Whether all of a gate is known to be 0 or 1: ones, or what says which slots are filled."""
+    if gate.const_value is not None:
+        return bool((gate.const_value.numpy() == 1).all())
+    cast = gate.producer()
+    switch = cast.inputs[0] if cast is not None and cast.op_type == "Cast" and not cast.domain else None
+    return switch is not None and switch.dtype == ir.DataType.BOOL

@@ -10,16 +10,14 @@ operators and the route's own.
 
 __all__ = ["fuse_routers"]
 
-import onnx
-import onnx.parser
 import onnx_ir as ir
 from modcompile.runtimes.ort.custom_ops import DOMAIN
+from modcompile.runtimes.ort.fuse.edit import add_function, take_place
 
 # B batch  S rows  K capacity  D model dim
 
 _TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _BODY = """
-<domain: "{domain}", opset_import: ["": {opset}, "{domain}": 1]>
 {masked}RouteRows (x, weight, bias, {valid}capacity) => (logits, positions, filled)
 {{
     last = Constant <value = int64[1] {{-1}}> ()
@@ -38,9 +36,7 @@ def fuse_routers(model: ir.Model) -> None:
              and node.op_type in ("Route", "MaskedRoute") and _fuse(model.graph, node)}
     for op_type in sorted(fused):
         masked, valid = ("Masked", "valid, ") if op_type == "MaskedRoute" else ("", "")
-        text = _BODY.format(domain=DOMAIN, opset=model.opset_imports[""], masked=masked, valid=valid)
-        body = ir.serde.deserialize_function(onnx.parser.parse_function(text))
-        model.functions[body.identifier()] = body
+        add_function(model, _BODY.format(domain=DOMAIN, masked=masked, valid=valid))
 
 
 def _fuse(graph: ir.Graph, route: ir.Node) -> bool:
@@ -66,11 +62,7 @@ def _fuse(graph: ir.Graph, route: ir.Node) -> bool:
     made = ir.node(f"{route.op_type}Rows", [x, weight, bias, *rest], domain=DOMAIN, num_outputs=3,
                    name=f"{route.name}Rows")
     graph.insert_before(route, made)
-    for old, new in zip((logits, *route.outputs), made.outputs, strict=True):
-        # One that the graph hands out keeps its name.
-        old.name, new.name = f"{old.name}/unfused", old.name
-        new.shape, new.type = old.shape, old.type
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
+    take_place(made, (logits, *route.outputs))
     return True
 
 

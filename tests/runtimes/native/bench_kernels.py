@@ -122,6 +122,15 @@ def row_variants(kernels, batch, rows, width, capacities, dtype):
                       2 * batch * rows * row_bytes + chosen)
         yield Variant(f"merge_rows in place, {shape} to {capacity}", "CUDA",
                       lambda x, y, positions, gate, _: kernels.merge_rows(x, y, positions, gate, x), make, 3 * chosen)
+
+        def twice(x, y, positions, gate, other):
+            kernels.merge_rows(x, y, positions, gate, x)
+            kernels.merge_rows(other, y, positions, gate, other)
+
+        pairs = f"merge_row_pairs in place, {shape} to {capacity}"
+        yield Variant(pairs, "CUDA", lambda x, y, positions, gate, other: kernels.merge_row_pairs(
+            x, y, other, y, positions, gate, x, other), make, 5 * chosen)
+        yield Variant(pairs, "CUDA merge_rows, twice", twice, make, 5 * chosen)
         yield Variant(f"gather_rows, {shape} to {capacity}", "CUDA",
                       lambda x, y, positions, *_: kernels.gather_rows(x, positions, y), make, 2 * chosen)
         yield Variant(f"gather_rows, {shape} to {capacity}", "torch.take_along_dim",
@@ -165,11 +174,14 @@ def report(measured):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("-o", "--output", type=Path, help="JSON file")
+    parser.add_argument("--only", default="", help="time the groups whose first variant begins like this")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         kernels = Kernels(build_for_gpu(Path(folder)), "cuda")
     measured = []
     for group in groups(kernels):
+        if not group[0].what.startswith(arguments.only):
+            continue
         for _, which, variant in itertools.product(range(ROUNDS), (0, 1), group):
             variant.time(which)
         for variant in group:

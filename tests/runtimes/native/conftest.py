@@ -1,4 +1,5 @@
-"""The kernels' C API for tests: built for the GPU, and compiled for the CPU by the emulation beside this file.
+"""The kernels' C API for tests: built for the GPU, and compiled for the CPU by the emulation beside this file; and the
+C++ runtime's driver.
 
 The emulated kernels are the same source, run thread by thread: what a kernel computes, and where it writes, is tested
 without a GPU too; what only a GPU shows (races, CUDA graphs, time) is not.
@@ -11,15 +12,16 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
+from native_driver import NATIVE, Driver, command
 
 import modcompile
+from modcompile.doctor import find_ort_headers
 
 # B batch  S rows  K capacity  D width
 
-ROOT = Path(__file__).parents[3]
-SOURCES = ROOT / "runtimes/native"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 _POINTER, _INT, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
@@ -31,7 +33,12 @@ _SIGNATURES = {
     "modcompile_route_rows": (
         _INT, [_POINTER, _INT] + [_POINTER] * 5 + [_INT, _POINTER] + [_SIZE] * 4 + [_POINTER] * 2),
     "modcompile_gather_rows": (_INT, [_POINTER] * 2 + [_INT, _POINTER] + [_SIZE] * 4 + [_POINTER]),
+    "modcompile_gather_norm_rows": (
+        _INT, [_POINTER, _INT, _POINTER, _INT] + [_POINTER] * 2 + [ctypes.c_float, _INT] + [_POINTER] * 2 + [_SIZE] * 4
+        + [_POINTER]),
     "modcompile_merge_rows": (_INT, [_POINTER] * 3 + [_INT] + [_POINTER] * 2 + [_INT] + [_SIZE] * 4 + [_POINTER] * 2),
+    "modcompile_merge_row_pairs": (
+        _INT, [_POINTER] * 5 + [_INT] + [_POINTER] * 3 + [_INT] + [_SIZE] * 4 + [_POINTER]),
 }
 
 
@@ -78,10 +85,20 @@ class Kernels:
         self._call("modcompile_gather_rows", x, positions, positions.itemsize, out, batch, rows, positions.shape[1],
                    x[0, 0].numel() * x.itemsize)
 
+    def gather_norm_rows(self, x, positions, weight, bias, epsilon, centered, out, normed):
+        batch, rows, width = x.shape
+        self._call("modcompile_gather_norm_rows", x, DTYPES[x.dtype], positions, positions.itemsize, weight, bias,
+                   epsilon, centered, out, normed, batch, rows, positions.shape[1], width)
+
     def merge_rows(self, x, y, positions, gate, out):
         batch, rows, width = x.shape
         self._call("modcompile_merge_rows", x, y, positions, positions.itemsize, gate, out, DTYPES[x.dtype], batch,
                    rows, positions.shape[1], width, None)
+
+    def merge_row_pairs(self, x, y, other_x, other_y, positions, gate, out, other_out):
+        batch, rows, width = x.shape
+        self._call("modcompile_merge_row_pairs", x, y, other_x, other_y, positions, positions.itemsize, gate, out,
+                   other_out, DTYPES[x.dtype], batch, rows, positions.shape[1], width)
 
 
 def build_for_gpu(folder: Path) -> Path:
@@ -89,9 +106,9 @@ def build_for_gpu(folder: Path) -> Path:
     if given := os.environ.get("MODCOMPILE_KERNELS"):
         return Path(given).resolve()
     major, minor = torch.cuda.get_device_capability()
-    configure = ["cmake", "-S", SOURCES, "-B", folder, f"-DCMAKE_CUDA_ARCHITECTURES={major}{minor}"]
-    for command in (configure, ["cmake", "--build", folder, "--parallel", "--target", "modcompile_kernels"]):
-        done = subprocess.run(command, capture_output=True, text=True)
+    configure = ["cmake", "-S", NATIVE, "-B", folder, f"-DCMAKE_CUDA_ARCHITECTURES={major}{minor}"]
+    for words in (configure, ["cmake", "--build", folder, "--parallel", "--target", "modcompile_kernels"]):
+        done = subprocess.run(words, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder / "libmodcompile_kernels.so"
 
@@ -99,7 +116,7 @@ def build_for_gpu(folder: Path) -> Path:
 def build_for_cpu(folder: Path) -> Path:
     """The kernels as a C++ compiler sees them through ``emulation/``, with its checks for undefined behaviour."""
     path = folder / "emulated_kernels.so"
-    kernels = SOURCES / "kernels"
+    kernels = NATIVE / "kernels"
     done = subprocess.run(
         ["g++", "-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wextra", "-Wshadow",
          "-Wno-unknown-pragmas", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover=undefined",
@@ -108,8 +125,6 @@ def build_for_cpu(folder: Path) -> Path:
         capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return path
-
-
 
 
 @pytest.fixture(scope="session")
@@ -138,3 +153,60 @@ def seed():
     print(f"MODCOMPILE_SEED={chosen}")
     torch.manual_seed(chosen)
     return chosen
+
+
+# The C++ runtime
+
+
+@pytest.fixture(scope="session")
+def ort_library(tmp_path_factory):
+    """The Python package's library, under the name that programs look for."""
+    found = next(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so*"), None)
+    if found is None:
+        pytest.skip("the package onnxruntime has its library elsewhere on this system")
+    folder = tmp_path_factory.mktemp("onnxruntime")
+    # Its providers lie beside it.
+    for library in found.parent.glob("libonnxruntime_*.so"):
+        (folder / library.name).symlink_to(library)
+    (folder / "libonnxruntime.so.1").symlink_to(found)
+    return folder / "libonnxruntime.so.1"
+
+
+@pytest.fixture(scope="session")
+def configure(ort_library):
+    """Runs CMake on runtimes/native, for the runtime alone."""
+    missing = [tool for tool in ("cmake", "c++") if shutil.which(tool) is None]
+    missing += [] if find_ort_headers() else ["headers of ONNX Runtime"]
+    if missing:
+        pytest.skip(f"to build the C++ runtime there is no {' and no '.join(missing)}")
+
+    def run(folder, *options):
+        words = ["cmake", "-S", NATIVE, "-B", folder, "-DMODCOMPILE_CUDA=OFF", "-DMODCOMPILE_RUNTIME=ON",
+                 f"-DONNXRUNTIME_INCLUDE_DIR={find_ort_headers()}", f"-DONNXRUNTIME_LIBRARY={ort_library}", *options]
+        done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
+        if done.returncode != 0 and "nlohmann_json" in done.stderr:
+            pytest.skip("to build the C++ runtime there is no nlohmann_json")
+        assert done.returncode == 0, done.stdout + done.stderr
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def drivers(configure, tmp_path_factory):
+    """Builds and starts drivers: with the sanitizers that are named, or as users build it."""
+    started = {}
+
+    def start(sanitizers=""):
+        if sanitizers not in started:
+            folder = tmp_path_factory.mktemp("driver")
+            flags = [f"-DCMAKE_CXX_FLAGS=-fsanitize={sanitizers} -fno-sanitize-recover=all -g -O1",
+                     "-DCMAKE_BUILD_TYPE=None"] if sanitizers else []
+            configure(folder, "-DMODCOMPILE_TESTS=ON", *flags)
+            command("cmake", "--build", folder, "--parallel", 2, "--target", "check_engine")
+            started[sanitizers] = Driver(folder / "runtime" / "check_engine")
+        return started[sanitizers]
+
+    yield start
+    for driver in started.values():
+        driver.close()

@@ -1,5 +1,6 @@
 """The CUDA kernels against the references of ``modcompile.ops``, on the GPU and emulated on the CPU."""
 
+import ctypes
 import itertools
 import random
 import re
@@ -185,6 +186,42 @@ def test_gather_rows_gives_zeros_for_a_position_that_is_none(kernels, seed):
     assert (found[0, 1] == 0).all() and (found[1] == 0).all()
 
 
+@pytest.mark.parametrize("centered", [True, False], ids=["layer norm", "RMS norm"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "capacity", "width", "offset"),
+    [(1, 1, 1, 0), (33, 5, 7, 0), (63, 63, 64, 0), (63, 8, 64, 1), (9, 2, 2056, 0)])
+def test_gather_norm_rows(kernels, seed, rows, capacity, width, offset, dtype, centered):
+    # Rows far from zero: where the variance is taken as the mean square less the square of the mean, nothing is left.
+    x = (torch.randn(3, rows, width) + 30 * torch.randn(3, rows, 1)).to(dtype)
+    weight = torch.randn(width).to(dtype)
+    bias = torch.randn(width).to(dtype) if centered else None
+    positions, _ = route(torch.randn(3, rows), None, capacity)
+    shape, device = (3, capacity, width), kernels.device
+    out, normed = (Guarded(shape, dtype, device, at * dtype.itemsize) for at in (0, offset))
+    for index_dtype in INDEX_DTYPES:
+        kernels.gather_norm_rows(put(x, device), put(positions.to(index_dtype), device), put(weight, device),
+                                 put(bias, device), 1e-5, centered, out.tensor, normed.tensor)
+        gathered = gather_rows(x, positions)
+        assert torch.equal(bits(out.result()), bits(gathered))
+        exact = gathered.double()
+        expected = torch.nn.functional.layer_norm(exact, [width], weight.double(), bias.double(), 1e-5) if centered \
+            else torch.nn.functional.rms_norm(exact, [width], weight.double(), 1e-5)
+        # The rounding of the result, and float32's of the mean of numbers as large as 100.
+        off = torch.finfo(dtype).eps * expected.abs() + 1e-4 * weight.abs() + torch.finfo(dtype).tiny
+        assert ((normed.result().double() - expected).abs() <= off).all()
+
+
+def test_gather_norm_rows_of_positions_that_are_none(kernels, seed):
+    x, positions = torch.randn(1, 5, 16), torch.tensor([[2, -1, 5, 2**40]])
+    weight, bias = torch.randn(16), torch.randn(16)
+    out, normed = (Guarded((1, 4, 16), torch.float32, kernels.device) for _ in range(2))
+    kernels.gather_norm_rows(*(put(value, kernels.device) for value in (x, positions, weight, bias)), 1e-5, True,
+                             out.tensor, normed.tensor)
+    assert torch.equal(out.result()[0, 0], x[0, 2]) and (out.result()[0, 1:] == 0).all()
+    assert torch.equal(normed.result()[0, 1:], bias.expand(3, 16))
+
+
 def merge_case(dtype, batch, rows, capacity, width):
     x, y = torch.randn(batch, rows, width).to(dtype), (4 * torch.randn(batch, capacity, width)).to(dtype)
     positions, _ = route(torch.randn(batch, rows), None, capacity)
@@ -232,6 +269,23 @@ def test_merge_rows(kernels, seed, batch, rows, capacity, width, dtype, in_place
         assert_merged(found, x, y, positions, gate)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("batch", "rows", "capacity", "width"), [(1, 1, 1, 1), (3, 33, 5, 7), (2, 100, 9, 72)])
+def test_merge_row_pairs(kernels, seed, batch, rows, capacity, width, dtype):
+    device = kernels.device
+    for in_place, offset in itertools.product(itertools.product([False, True], repeat=2), (0, dtype.itemsize)):
+        x, y, positions, gate = merge_case(dtype, batch, rows, capacity, width)
+        other_x, other_y, _, _ = merge_case(dtype, batch, rows, capacity, width)
+        # An offset keeps both from being written 16 bytes at a time.
+        outs = [Guarded(x.shape, dtype, device, at).holding(given) for given, at in ((x, 0), (other_x, offset))]
+        befores = [out.tensor if same else put(given, device)
+                   for out, same, given in zip(outs, in_place, (x, other_x), strict=True)]
+        kernels.merge_row_pairs(befores[0], put(y, device), befores[1], put(other_y, device), put(positions, device),
+                                put(gate, device), outs[0].tensor, outs[1].tensor)
+        assert_merged(outs[0].result(), x, y, positions, gate)
+        assert_merged(outs[1].result(), other_x, other_y, positions, gate)
+
+
 @pytest.mark.parametrize("in_place", [False, True], ids=["streaming", "in place"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_merge_rows_that_begin_anywhere(kernels, seed, dtype, in_place):
@@ -277,6 +331,13 @@ def arguments_of(kernels):
         "modcompile_gather_rows": {
             "x": x, "positions": positions, "index_bytes": 8, "out": y, "batch": 2, "rows": 9, "capacity": 3,
             "row_bytes": 16},
+        "modcompile_gather_norm_rows": {
+            "x": x, "dtype": 0, "positions": positions, "index_bytes": 8, "weight": weight, "bias": None,
+            "epsilon": ctypes.c_float(1e-5), "centered": 0, "out": y, "normed": y.clone(), "batch": 2, "rows": 9,
+            "capacity": 3, "width": 4},
+        "modcompile_merge_row_pairs": {
+            "x": x, "y": y, "other_x": x, "other_y": y, "positions": positions, "index_bytes": 8, "gate": gate,
+            "out": x.clone(), "other_out": x.clone(), "dtype": 0, "batch": 2, "rows": 9, "capacity": 3, "width": 4},
         "modcompile_merge_rows": {
             "x": x, "y": y, "positions": positions, "index_bytes": 8, "gate": gate, "out": x.clone(), "dtype": 0,
             "batch": 2, "rows": 9, "capacity": 3, "width": 4, "workspace": None},
@@ -285,11 +346,11 @@ def arguments_of(kernels):
 
 WRONG = {"index_bytes": [2, 0], "dtype": [3, -1], "batch": [-1], "rows": [2, -9], "capacity": [0, 10, -3],
          "width": [0, -4], "row_bytes": [0, -16]}
-MAY_BE_NULL = {"valid", "workspace"}
+MAY_BE_NULL = {"valid", "workspace", "bias"}
 
 
 @pytest.mark.parametrize("name", ["modcompile_route", "modcompile_route_rows", "modcompile_gather_rows",
-                                  "modcompile_merge_rows"])
+                                  "modcompile_gather_norm_rows", "modcompile_merge_rows", "modcompile_merge_row_pairs"])
 def test_arguments_that_cannot_be_are_refused(kernels, name):
     right = arguments_of(kernels)[name]
 

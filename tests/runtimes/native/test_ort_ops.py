@@ -82,12 +82,13 @@ def session(request, libraries):
     ops = custom_ops.open_library(custom_ops.read_library(path), path)
     made = {}
 
-    def make(op_type, inputs, outputs, constants=()):
-        key = (op_type, *inputs, *outputs, *constants)
+    def make(op_type, inputs, outputs, constants=(), attributes=()):
+        key = (op_type, *inputs, *outputs, *constants, *attributes)
         if key not in made:
             nodes = [helper.make_node("Constant", [], [name], value_int=value) for name, value in constants]
             names = [*(name for name, *_ in inputs), *(name for name, _ in constants)]
-            nodes.append(helper.make_node(op_type, names, [name for name, *_ in outputs], domain=ONNX_DOMAIN))
+            nodes.append(helper.make_node(op_type, names, [name for name, *_ in outputs], domain=ONNX_DOMAIN,
+                                          **dict(attributes)))
             values = ([helper.make_tensor_value_info(name, dtype, [None] * rank) for name, dtype, rank in specs]
                       for specs in (inputs, outputs))
             model = helper.make_model(helper.make_graph(nodes, op_type, *values), opset_imports=OPSETS, ir_version=10)
@@ -139,10 +140,27 @@ def run_gather(session, x, positions):
                        (("rows", kind, x.dim()),)), x, positions)[0]
 
 
+def run_gather_norm(session, x, positions, weight, bias, epsilon=1e-5):
+    kind = TYPES[x.dtype]
+    given = [("x", kind, 3), ("positions", TensorProto.INT64, 2), ("weight", kind, 1),
+             *([] if bias is None else [("bias", kind, 1)])]
+    opened = session("GatherRmsNorm" if bias is None else "GatherLayerNorm", tuple(given),
+                     (("rows", kind, 3), ("normed", kind, 3)), attributes=(("epsilon", epsilon),))
+    return run(opened, x, positions, weight, *([] if bias is None else [bias]))
+
+
 def run_merge(session, x, y, positions, gate):
     kind = TYPES[x.dtype]
     given = (("x", kind, 3), ("y", kind, 3), ("positions", TensorProto.INT64, 2), ("gate", kind, 2))
     return run(session("MergeRows", given, (("merged", kind, 3),)), x, y, positions, gate)[0]
+
+
+def run_merge_pairs(session, x, y, positions, gate, other_x, other_y):
+    kind = TYPES[x.dtype]
+    given = (("x", kind, 3), ("y", kind, 3), ("positions", TensorProto.INT64, 2), ("gate", kind, 2),
+             ("other_x", kind, 3), ("other_y", kind, 3))
+    return run(session("MergeRowPairs", given, (("merged", kind, 3), ("other_merged", kind, 3))), x, y, positions, gate,
+               other_x, other_y)
 
 
 def same(actual, expected):
@@ -219,6 +237,21 @@ def test_gather_rows_of_any_dtype(session, dtype, shape):
         assert torch.equal(rows.view(dtype) if dtype == torch.bool else rows, gather_rows(x, positions))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("centered", [True, False])
+def test_gathered_rows_and_their_norm(session, dtype, centered):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(2, 63, 24, generator=generator).to(dtype)
+    weight, bias = (torch.randn(24, generator=generator).to(dtype) for _ in range(2))
+    positions = random_positions(generator, 2, 63, 5)
+    rows, normed = run_gather_norm(session, x, positions, weight, bias if centered else None)
+    assert torch.equal(rows, gather_rows(x, positions))
+    exact, norm = rows.double(), torch.nn.functional
+    expected = norm.layer_norm(exact, [24], weight.double(), bias.double()) if centered else \
+        norm.rms_norm(exact, [24], weight.double(), 1e-5)
+    assert ((normed.double() - expected).abs() <= torch.finfo(dtype).eps * expected.abs() + 2e-6).all()
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("rows", "capacity", "width"), [(1, 1, 1), (63, 5, 33), (63, 1, 8), (63, 63, 8)])
 def test_merge_rows_rounds_as_the_reference(session, dtype, rows, capacity, width):
@@ -227,6 +260,16 @@ def test_merge_rows_rounds_as_the_reference(session, dtype, rows, capacity, widt
     positions = random_positions(generator, 2, rows, capacity)
     gate = torch.randn(2, capacity, generator=generator).to(dtype)
     assert same(run_merge(session, x, y, positions, gate), merge_rows(x, y, positions, gate))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_pairs_are_merged_each_by_itself(session, dtype):
+    generator = torch.Generator().manual_seed(1)
+    x, other_x = (torch.randn(2, 63, 24, generator=generator).to(dtype) for _ in range(2))
+    y, other_y = (torch.randn(2, 5, 24, generator=generator).to(dtype) for _ in range(2))
+    slots = random_positions(generator, 2, 63, 5), torch.randn(2, 5, generator=generator).to(dtype)
+    merged, other_merged = run_merge_pairs(session, x, y, *slots, other_x, other_y)
+    assert same(merged, merge_rows(x, y, *slots)) and same(other_merged, merge_rows(other_x, other_y, *slots))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -263,12 +306,20 @@ def test_a_batch_of_none(session):
      "from 1 to 5 rows, found 6"),
     (lambda s: run_gather(s, torch.zeros(5), torch.tensor([[0]])), r"x \[B, S, ...\], found \[5\]"),
     (lambda s: run_gather(s, torch.zeros(2, 5, 3), torch.tensor([[0]])), r"positions \[2, K\], found \[1, 1\]"),
+    (lambda s: run_gather_norm(s, torch.zeros(1, 5, 3), torch.tensor([[0, 1]]), torch.zeros(4), None),
+     r"weight \[3\], found \[4\]"),
+    (lambda s: run_gather_norm(s, torch.zeros(1, 5, 3), torch.tensor([[0, 1]]), torch.zeros(3), torch.zeros(2)),
+     r"bias \[3\], found \[2\]"),
     (lambda s: run_merge(s, torch.zeros(1, 5, 3), torch.zeros(1, 2, 4), torch.tensor([[0, 1]]), torch.zeros(1, 2)),
      r"y \[1, 2, 3\], found \[1, 2, 4\]"),
     (lambda s: run_merge(s, torch.zeros(1, 5, 3), torch.zeros(1, 2, 3), torch.tensor([[0, 1]]), torch.zeros(1, 1)),
      r"gate \[1, 2\], found \[1, 1\]"),
     (lambda s: run_merge(s, torch.zeros(1, 1, 3), torch.zeros(1, 2, 3), torch.tensor([[0, 0]]), torch.ones(1, 2)),
      r"from 1 to 1 positions, found \[1, 2\]"),
+    (lambda s: run_merge_pairs(s, torch.zeros(1, 5, 3), torch.zeros(1, 2, 3), torch.tensor([[0, 1]]), torch.zeros(1, 2),
+                               torch.zeros(1, 5, 4), torch.zeros(1, 2, 3)), r"other_x \[1, 5, 3\], found \[1, 5, 4\]"),
+    (lambda s: run_merge_pairs(s, torch.zeros(1, 5, 3), torch.zeros(1, 2, 3), torch.tensor([[0, 1]]), torch.zeros(1, 2),
+                               torch.zeros(1, 5, 3), torch.zeros(1, 3, 3)), r"other_y \[1, 2, 3\], found \[1, 3, 3\]"),
 ])
 def test_what_an_op_refuses(session, call, message):
     with pytest.raises(Exception, match=message):
@@ -376,6 +427,24 @@ def test_x_stays_where_it_is_used_again(library):
     expected = merge_rows(-case[0], *case[1:])
     merged, again = run(opened, *case)
     assert torch.equal(merged, expected) and torch.equal(again, expected - case[0])
+
+
+@pytest.mark.parametrize("used_again", ["", "x", "other_x"])
+def test_either_of_a_pair_stays_where_it_is_used_again(library, used_again):
+    graph = onnx.parser.parse_graph("""
+        merged (float[1, 9, 4] input, float[1, 2, 4] y, int64[1, 2] positions, float[1, 2] gate)
+            => (float[1, 9, 4] merged, float[1, 9, 4] other_merged, float[1, 9, 4] again)
+        { x = Neg (input) other_x = Abs (input)
+          merged, other_merged = modcompile.MergeRowPairs (x, y, positions, gate, other_x, y)
+          again = Add (%s, merged) }""" % (used_again or "other_merged"))
+    model = helper.make_model(graph, opset_imports=OPSETS, ir_version=10)
+    opened = open_session(model.SerializeToString(), Path(), where=Path("pair"), providers=["CPUExecutionProvider"],
+                          custom_ops=custom_ops.open_library(library.read_bytes(), library))
+    x, *rest = torch.randn(1, 9, 4), torch.randn(1, 2, 4), torch.tensor([[3, 8]]), torch.tensor([[1.0, 0.5]])
+    expected, other = merge_rows(-x, *rest), merge_rows(x.abs(), *rest)
+    merged, other_merged, again = run(opened, x, *rest)
+    assert torch.equal(merged, expected) and torch.equal(other_merged, other)
+    assert torch.equal(again, expected + {"": other, "x": -x, "other_x": x.abs()}[used_again])
 
 
 @pytest.mark.gpu

@@ -86,14 +86,17 @@ def test_a_norm_goes_before_the_merge_and_a_router_into_its_route(name: str, gat
         # Its norms end a block, inside of the merge.
         assert counts["MergeRows"] == routed
         return
-    # A slot of padding has a gate of 0. Without padding, only the merge of normed rows is used behind the last block.
-    is_one = gate == "straight-through" and not counts["MaskedRouteRows"]
-    assert counts["MergeRows"] == 2 * routed - is_one
+    # Of a gate that is 0 or 1 the merges of a row and of its norm are one operator.
+    is_switch = gate == "straight-through"
+    assert counts["MergeRowPairs"] == (routed if is_switch else 0)
+    assert counts["MergeRows"] == (0 if is_switch else 2 * routed)
     # Every norm is of the fused kind; of all rows, only the one behind the embedding has nothing to add.
     assert counts["LayerNormalization"] + counts["SimplifiedLayerNormalization"] == 0
     alone = [node for node in fused.graph if node.op_type.startswith("Skip") and "nothing" in node.inputs[1].name]
-    assert sum(node.outputs[0].shape[1] == 63 for node in alone) <= 1
-    assert sum(node.outputs[0].shape[1] == 16 for node in alone) == routed * (1 if is_one else 2)
+    assert len(alone) <= 1 and all(node.outputs[0].shape[1] == 63 for node in alone)
+    # A routed block begins with one of gathered rows; so does what follows, where a merged row is neither x's nor y's.
+    assert counts["GatherLayerNorm"] + counts["GatherRmsNorm"] == routed * (1 if is_switch else 2)
+    assert counts["GatherRows"] == (routed * 2 if name == "llama" else 0)
 
 
 def test_a_norm_stays_behind_the_merge_of_most_rows_and_of_sizes_that_vary(tmp_path: Path):

@@ -1,0 +1,60 @@
+"""Thresholds that follow the quantile of the logits at the capacity: a row that is above enters the block.
+
+The third way to decide without looking ahead, which trains nothing: what top-k would choose on average over texts.
+"""
+
+__all__ = ["QuantileThresholds"]
+
+import torch
+from torch import nn
+
+from modcompile.errors import UsageError
+from modcompile.model import MoDModel
+from modcompile.trace import RoutingTrace
+from modcompile.training.losses import logits_of
+
+
+class QuantileThresholds(nn.Module):
+    """An exponential moving average, for each routed block, of the quantile 1 - K/S of its valid rows' logits.
+
+    Attributes:
+        values: The thresholds, float32 [blocks], NaN before the first update; part of the state dict.
+
+    Args:
+        mod: The routed model.
+        decay: The weight of the past in each update, in [0, 1).
+    """
+
+    values: torch.Tensor
+
+    def __init__(self, mod: MoDModel, decay: float = 0.99):
+        super().__init__()
+        if not 0 <= decay < 1:
+            raise UsageError("the decay of an average is a share", expected="a number in [0, 1)", found=decay,
+                             where="QuantileThresholds.decay")
+        self.paths, self.decay = list(mod.routers), decay
+        device = next(mod.parameters()).device
+        self.register_buffer("values", torch.full((len(self.paths),), torch.nan, device=device))
+
+    @torch.no_grad()
+    def update(self, trace: RoutingTrace, valid: torch.Tensor | None = None) -> None:
+        """Takes the logits of a call in.
+
+        Args:
+            trace: From a call under ``trace_routing``.
+            valid: Bool [B, S], false at padding.
+        """
+        for i, path in enumerate(self.paths):
+            logits = logits_of(trace[path])
+            taken = trace[path].taken()
+            if valid is not None and valid.shape == logits.shape:
+                logits, taken = logits[valid.bool()], taken[valid.bool()]
+            # Halfway between two logits of the whole batch: so that as many are above as were taken.
+            ordered, last = logits.flatten().sort(descending=True).values, int(taken.sum())
+            border = ordered[max(last - 1, 0):last + 1].mean()
+            old = self.values[i]
+            self.values[i] = torch.where(old.isnan(), border, self.decay * old + (1 - self.decay) * border)
+
+    def decide(self, trace: RoutingTrace) -> dict[str, torch.Tensor]:
+        """Which rows of a traced call are above their block's threshold, bool [B, S] by block."""
+        return {path: logits_of(trace[path]) > self.values[i] for i, path in enumerate(self.paths)}

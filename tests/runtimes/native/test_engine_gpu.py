@@ -1,0 +1,128 @@
+"""The C++ runtime on a GPU: device memory, streams, threads and CUDA graphs give what host memory gives, and Python.
+
+tests/check_engine_gpu.cc does the work. TensorRT's back end is built where TENSORRT_INCLUDE_DIR and TENSORRT_LIBRARY
+name its headers and its library; without a GPU it is only compiled, where there are the headers.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import tiny
+import torch
+from native_driver import command, words
+
+import modcompile as mc
+
+# B batch  S rows  D model dim
+B, S = 3, 63
+RUNS = 100
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+
+
+@pytest.fixture(scope="module")
+def environment():
+    """What finds CUDA's libraries in packages, as Python's imports do."""
+    found = {path.parent for place in map(Path, sys.path) for path in place.glob("nvidia/**/lib/*.so*")}
+    found.add(Path(torch.__file__).parent / "lib")
+    known = os.environ.get("LD_LIBRARY_PATH")
+    return {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join([*sorted(map(str, found)), *([known] if known else [])])}
+
+
+@pytest.fixture(scope="module")
+def program(configure, tmp_path_factory):
+    """Builds check_engine_gpu, or another program, with a back end."""
+    def build(*options, name="check_engine_gpu"):
+        folder = tmp_path_factory.mktemp("gpu")
+        configure(folder, "-DMODCOMPILE_TESTS=ON", *options)
+        command("cmake", "--build", folder, "--parallel", os.cpu_count())
+        assert (folder / "runtime" / name).exists(), "CMake did not find the CUDA toolkit"
+        return folder / "runtime" / name
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A routed model, and two batches of inputs."""
+    torch.manual_seed(0)
+    example = {"hidden": torch.randn(2, 5, tiny.WIDTH), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
+    routed = mc.convert(tiny.Stack(*(tiny.Block() for _ in range(2))), example, mc.MoDConfig(capacity_ratio=0.25))
+    tiny.randomise_routers(routed)
+    mask = np.ones((B, S), np.int64)
+    mask[-1, S // 2:] = 0
+    batches = [{"hidden": np.random.default_rng(seed).standard_normal((B, S, tiny.WIDTH)).astype(np.float32),
+                "attention_mask": mask} for seed in (0, 1)]
+    return routed, batches
+
+
+def check(program, environment, folder, batches, tmp_path):
+    """Runs the program; what it computed from host memory is Python's as well."""
+    tensors = []
+    for number, batch in enumerate(batches):
+        (tmp_path / str(number)).mkdir()
+        tensors += words(batch, tmp_path / str(number))
+    done = subprocess.run([program, folder, tmp_path, str(RUNS), *tensors], capture_output=True, text=True, timeout=300,
+                          env=environment)
+    print(done.stdout)
+    assert done.returncode == 0 and done.stdout.endswith("all checks passed\n"), done.stdout + done.stderr
+    with mc.load_engine(folder) as engine:
+        for name, array in engine.run(batches[0]).items():
+            assert (tmp_path / name).read_bytes() == array.tobytes()
+
+
+@pytest.mark.gpu
+@no_gpu
+@pytest.mark.skipif("CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="no onnxruntime-gpu")
+def test_onnx_runtime(program, environment, model, tmp_path):
+    routed, batches = model
+    # A CUDA graph is of nodes that all run on CUDA: with static shapes none is left for the CPU.
+    mc.build_engine(routed, tmp_path / "engine", runtime="ort", providers=["CUDAExecutionProvider"],
+                    shapes={"hidden": (B, S, tiny.WIDTH)}).close()
+    built = program()
+    check(built, environment, tmp_path / "engine", batches, tmp_path)
+    printed = subprocess.run([built.with_name("bench_engine"), tmp_path / "engine", "2000",
+                              *words(batches[0], tmp_path)], capture_output=True, text=True, env=environment)
+    print(printed.stdout, printed.stderr)
+    assert printed.returncode == 0
+
+
+@pytest.mark.gpu
+@no_gpu
+def test_tensorrt(program, environment, model, tmp_path):
+    pytest.importorskip("tensorrt")
+    missing = [name for name in ("TENSORRT_INCLUDE_DIR", "TENSORRT_LIBRARY") if name not in os.environ]
+    if missing:
+        pytest.skip(f"to build the back end there is no {' and no '.join(missing)}")
+    routed, batches = model
+    mc.build_engine(routed, tmp_path / "engine", runtime="tensorrt", shapes={"hidden": (B, S, tiny.WIDTH)}).close()
+    built = program("-DMODCOMPILE_RUNTIME_TRT=ON", f"-DTENSORRT_INCLUDE_DIR={os.environ['TENSORRT_INCLUDE_DIR']}",
+                    f"-DTENSORRT_LIBRARY={os.environ['TENSORRT_LIBRARY']}")
+    check(built, environment, tmp_path / "engine", batches, tmp_path)
+
+
+@pytest.mark.gpu
+@no_gpu
+def test_aoti(program, environment, model, tmp_path):
+    routed, batches = model
+    mc.build_engine(routed, tmp_path / "engine", runtime="aoti", device="cuda",
+                    shapes={"hidden": (B, S, tiny.WIDTH)}).close()
+    built = program("-DMODCOMPILE_RUNTIME_AOTI=ON", f"-DTorch_DIR={torch.utils.cmake_prefix_path}/Torch")
+    check(built, environment, tmp_path / "engine", batches, tmp_path)
+
+
+@pytest.mark.long
+def test_tensorrts_back_end_compiles(configure, tmp_path):
+    headers = os.environ.get("TENSORRT_INCLUDE_DIR")
+    if not headers or shutil.which("nvcc") is None:
+        pytest.skip("there are no headers of TensorRT, or no CUDA toolkit")
+    # A static library links nothing: any file stands for TensorRT's.
+    (tmp_path / "libnvinfer.so").touch()
+    configure(tmp_path, "-DMODCOMPILE_RUNTIME_TRT=ON", "-DMODCOMPILE_RUNTIME_ORT=OFF",
+              f"-DTENSORRT_INCLUDE_DIR={headers}", f"-DTENSORRT_LIBRARY={tmp_path / 'libnvinfer.so'}")
+    command("cmake", "--build", tmp_path, "--parallel", 2)
