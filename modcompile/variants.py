@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import sympy
 import torch
 
-from modcompile.convert import routing_passes
+from modcompile.convert import leave_out, routing_passes
 from modcompile.errors import UsageError
 from modcompile.flops import count_flops, flops_by_module
 from modcompile.interface import Interface
@@ -20,7 +20,7 @@ from modcompile.passes.take_first_rows import TakeFirstRows
 from modcompile.shapes import shape_exprs
 from modcompile.spec import TensorSpec, dtype_name
 
-__all__ = ["block_paths", "dense_model", "dropped_blocks", "masked_model", "oracle_model", "other_attention_model",
+__all__ = ["block_paths", "dense_model", "masked_model", "oracle_model", "other_attention_model",
            "pruned_blocks", "pruned_model", "with_routing_outputs"]
 
 
@@ -42,7 +42,7 @@ def oracle_model(mod: MoDModel, *, merge: bool = False) -> GraphModel:
     config = mod.config
     split = config.attend_to == "all" and config.axis == "token"
     stages = [SplitFusedQkv(paths), AttendToAll(paths)] if split else []
-    return mod.variant(mod.dense_program, *_dropped(mod), *stages,
+    return mod.variant(mod.dense_program, *leave_out(mod), *stages,
                        TakeFirstRows(paths, ratios, config.axis, config.capacity_multiple, merge))
 
 
@@ -60,13 +60,13 @@ def masked_model(mod: MoDModel) -> GraphModel:
     stages = [dataclasses.replace(stage, masked=True) if isinstance(stage, RouteBlocks) else stage
               for stage in routing_passes(mod, list(mod.routers), mod.config)
               if not isinstance(stage, SplitFusedQkv | AttendToAll)]
-    return mod.variant(mod.dense_program, *_dropped(mod), *stages, routers=True)
+    return mod.variant(mod.dense_program, *leave_out(mod), *stages, routers=True)
 
 
 def other_attention_model(mod: MoDModel) -> GraphModel:
     """The routed model, on the same routers, whose chosen rows attend to all rows if it was to chosen ones, or back."""
     config = mod.config.model_copy(update={"attend_to": "chosen" if mod.config.attend_to == "all" else "all"})
-    stages = [*_dropped(mod), *routing_passes(mod, list(mod.routers), config)]
+    stages = [*leave_out(mod), *routing_passes(mod, list(mod.routers), config)]
     return mod.variant(mod.dense_program, *stages, routers=True)
 
 
@@ -74,17 +74,6 @@ def block_paths(mod: MoDModel) -> list[str]:
     """Every outlined block, in the model's order: what can be dropped, and whose borders can be compared."""
     return [node.target for node in mod.dense_program.graph.nodes
             if node.op == "call_module" and node.target in mod.dense_program.bodies]
-
-
-def dropped_blocks(mod: MoDModel) -> list[str]:
-    """The blocks of the dense model that the routed one leaves out, as a calibrated model may."""
-    left = {node.target for node in mod.program.graph.nodes if node.op == "call_module"}
-    return [path for path in block_paths(mod) if path not in left]
-
-
-def _dropped(mod: MoDModel) -> list[PruneBlocks]:
-    paths = tuple(dropped_blocks(mod))
-    return [PruneBlocks(paths)] if paths else []
 
 
 def pruned_model(mod: MoDModel, blocks: Sequence[str]) -> GraphModel:

@@ -22,14 +22,14 @@ import torch.fx
 from torch import Tensor
 
 from modcompile.config import MoDConfig
-from modcompile.convert import padding_mask
+from modcompile.convert import dropped_blocks, padding_mask
 from modcompile.engine import Engine, build_engine, is_torch
 from modcompile.errors import ParityError, UsageError
 from modcompile.model import GraphModel, MoDModel
 from modcompile.ops import route
 from modcompile.passes.routing_outputs import ROLES
 from modcompile.spec import TensorSpec, dtype_from_name
-from modcompile.variants import block_paths, dropped_blocks, with_routing_outputs
+from modcompile.variants import block_paths, with_routing_outputs
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

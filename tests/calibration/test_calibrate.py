@@ -11,9 +11,10 @@ from torch.nn import functional
 import modcompile as mc
 from modcompile.calibration import calibrate, calibrate_each, pruning_order
 from modcompile.cli import main
+from modcompile.convert import dropped_blocks
 from modcompile.errors import UnsupportedGraphError, UsageError
 from modcompile.flops import count_flops
-from modcompile.variants import dense_model, dropped_blocks, masked_model, oracle_model, pruned_blocks, pruned_model
+from modcompile.variants import dense_model, masked_model, oracle_model, pruned_blocks, pruned_model
 
 # B batch  S rows  V vocabulary
 B, S, V = 2, 24, 13
@@ -122,6 +123,9 @@ def test_blocks_that_are_worth_nothing_are_left_out(graph, tmp_path):
     with torch.no_grad():
         expected = mod(texts()[0])
         torch.testing.assert_close(masked_model(mod)(texts()[0]), expected, rtol=1e-4, atol=1e-5)
+        again = mod.with_capacity(0.5).with_capacity(mod.config.capacity_ratio)
+        assert torch.equal(again(texts()[0]), expected) and again.config == mod.config
+        assert [record["name"] for record in again.passes].count("prune-blocks") == 1
         assert torch.equal(mc.load(mod.save_pretrained(tmp_path / "made"))(texts()[0]), expected)
 
 
