@@ -23,8 +23,9 @@ from pretrained import SMOLLM2, folder_of, smollm2_model
 from torch.nn import functional as F
 
 import modcompile as mc
-from modcompile.calibration import calibrate_each, pruning_order, read_text, text_batches, tokenizer_of
+from modcompile.calibration import calibrate_each, pruning_order, text_batches
 from modcompile.flops import count_flops
+from modcompile.text_file import read_text, tokenizer_of
 from modcompile.variants import dense_model, pruned_model
 
 # B batch  S rows  V vocabulary

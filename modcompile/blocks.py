@@ -170,7 +170,8 @@ def select_blocks(report: BlockReport, config: MoDConfig) -> list[str]:
     """The paths that ``config.blocks`` names, in the model's order.
 
     Raises:
-        UsageError: Nothing to route, an index or glob that names no block, or one that names a block that cannot be.
+        UsageError: Nothing to route, an index or glob that names no block, or one that names a block that cannot be;
+            likewise for ``config.dropped``.
     """
     if not report.routable:
         reasons = "; ".join(f"{b.path}: {b.reason}" for b in report.blocks[:4]) or "no repeated sub-modules"
@@ -183,7 +184,13 @@ def select_blocks(report: BlockReport, config: MoDConfig) -> list[str]:
                   for i, b in enumerate(b for b in blocks if b.routable) if config.blocks == "all" or i % 2 == 1}
     else:
         chosen = _named_blocks(report, (config.blocks,) if isinstance(config.blocks, str) else config.blocks)
-    if not chosen:
+    routable = [block.path for block in report.routable]
+    if unknown := [path for path in config.dropped if path not in routable]:
+        raise UsageError("a block to drop is none", expected=", ".join(routable), found=", ".join(unknown),
+                         where="MoDConfig.dropped")
+    chosen -= set(config.dropped)
+    # A model may leave out blocks and route none.
+    if not chosen and not config.dropped:
         raise UsageError("blocks chooses nothing to route", found=repr(config.blocks), where="MoDConfig.blocks",
                          expected="one or more of " + ", ".join(b.path for b in report.routable),
                          fix='pass blocks="all", or name the blocks')

@@ -64,6 +64,8 @@ class MoDConfig(BaseModel):
             the attention it received in the block before; gate "straight-through" or "scale"), or "noise", the control
             of quality tables.
         router_hidden: The width of the hidden layer of "mlp" and "depth"; by default a quarter of the hidden state's.
+        dropped: Paths of blocks to leave out for every row, as a pruned model does; they are not routed. Calibration
+            finds them.
         attend_to: What a chosen row attends to: "chosen" rows only (the paper), or "all" rows, which then offer keys
             and values.
         axis: "token" picks rows of each sequence; "sequence" picks sequences of the batch, by their mean valid row.
@@ -90,6 +92,7 @@ class MoDConfig(BaseModel):
     gate: Literal["raw", "sigmoid", "tanh", "straight-through", "scale"] = "raw"
     router: Literal["linear", "mlp", "depth", "attention", "noise"] = "linear"
     router_hidden: Annotated[int, Field(ge=1)] | None = None
+    dropped: tuple[str, ...] = ()
     attend_to: Literal["chosen", "all"] = "chosen"
     axis: Literal["token", "sequence"] = "token"
     padding_mask: str | None = None

@@ -24,7 +24,7 @@ from modcompile.program import Program
 from modcompile.routers import make_router, router_path
 from modcompile.shapes import fake_inputs, propagate
 
-__all__ = ["at_capacity", "convert", "dropped_blocks", "leave_out", "padding_mask", "routing_passes"]
+__all__ = ["at_capacity", "convert", "dropping_passes", "padding_mask", "routing_passes"]
 
 DEFAULT_MASK = "attention_mask"
 
@@ -80,29 +80,15 @@ def at_capacity(mod: MoDModel, ratio: float | Sequence[float]) -> MoDModel:
     config = MoDConfig(**{**mod.config.model_dump(), "capacity_ratio": ratio})
     routed = list(mod.routers)
     described = [block.with_ratio(ratio) for block, ratio in zip(mod.routed_blocks, config.ratios(routed), strict=True)]
-    dense = mod.variant(mod.dense_program, *leave_out(mod), routers=True)
+    dense = mod.variant(mod.dense_program, routers=True)
     hints = _make_room(dense.graph_module, dense, described)
     manager = PassManager(routing_passes(mod, routed, config))
     manager(dense.graph_module)
     routing = {record["name"] for record in manager.ran}
-    left_out = [record for record in mod.passes if record["name"] == PruneBlocks.name]
-    before = itertools.takewhile(lambda record: record["name"] not in {PruneBlocks.name, *routing}, mod.passes)
-    made = MoDModel(dense.graph_module, mod.interface, hints, [*before, *left_out, *manager.ran], config, described,
+    before = itertools.takewhile(lambda record: record["name"] not in routing, mod.passes)
+    made = MoDModel(dense.graph_module, mod.interface, hints, [*before, *manager.ran], config, described,
                     mod.dense_program.copy())
     return made.train(mod.training)
-
-
-def dropped_blocks(mod: MoDModel) -> list[str]:
-    """The blocks of the dense model that the routed one leaves out, as a calibrated model may."""
-    left, dense = ({str(node.target): None for node in program.graph.nodes if node.target in mod.dense_program.bodies}
-                   for program in (mod.program, mod.dense_program))
-    return [path for path in dense if path not in left]
-
-
-def leave_out(mod: MoDModel) -> list[Pass]:
-    """What makes the dense model's outlined graph leave out the blocks that the routed one does."""
-    paths = tuple(dropped_blocks(mod))
-    return [PruneBlocks(paths)] if paths else []
 
 
 def routing_passes(source: GraphModel, routed: list[str], config: MoDConfig) -> list[Pass]:
@@ -111,6 +97,7 @@ def routing_passes(source: GraphModel, routed: list[str], config: MoDConfig) -> 
     # A whole sequence attends to itself either way, so only rows need the split.
     split = config.attend_to == "all" and config.axis == "token"
     return [
+        *dropping_passes(config),
         *([
             # Queries of rows that pass by are never needed: a fused projection would compute them.
             SplitFusedQkv(paths),
@@ -122,6 +109,11 @@ def routing_passes(source: GraphModel, routed: list[str], config: MoDConfig) -> 
         # Last: it needs the capacities that routing computes.
         RoundCapacity(config.capacity_multiple),
     ]
+
+
+def dropping_passes(config: MoDConfig) -> list[Pass]:
+    """What leaves out the blocks that nothing is routed through."""
+    return [PruneBlocks(config.dropped)] if config.dropped else []
 
 
 def padding_mask(source: GraphModel, config: MoDConfig) -> str | None:

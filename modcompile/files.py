@@ -4,7 +4,7 @@ A folder is built under a hidden name beside its target, flushed to the disk and
 symbolic links, anything that is not a regular file, and paths that could leave the folder.
 """
 
-__all__ = ["check_relative_path", "hash_file", "list_files", "new_folder", "read_file"]
+__all__ = ["check_relative_path", "hash_file", "list_files", "new_folder", "read_file", "write_whole"]
 
 import contextlib
 import errno
@@ -13,8 +13,9 @@ import io
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from modcompile.errors import IntegrityError, UsageError
 
@@ -134,6 +135,29 @@ def read_file(path: Path, limit_bytes: int | None = None) -> bytes:
     if limit_bytes is not None and len(content) > limit_bytes:
         raise IntegrityError("a file is larger than it can be", expected=f"at most {limit_bytes} bytes", where=path)
     return content
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Writes a file that appears complete or not at all.
+
+    Args:
+        path: The file; one that exists is replaced.
+        write: Given the open file, writes its content.
+
+    Raises:
+        UsageError: The file cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        try:
+            with open(partial, "xb") as file:
+                write(file)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError("the output cannot be written", expected="a folder that exists, may be written and has room",
+                         found=error.strerror or error, where=path) from error
 
 
 @contextlib.contextmanager

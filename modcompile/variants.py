@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import sympy
 import torch
 
-from modcompile.convert import leave_out, routing_passes
+from modcompile.convert import dropping_passes, routing_passes
 from modcompile.errors import UsageError
 from modcompile.flops import count_flops, flops_by_module
 from modcompile.interface import Interface
@@ -42,7 +42,7 @@ def oracle_model(mod: MoDModel, *, merge: bool = False) -> GraphModel:
     config = mod.config
     split = config.attend_to == "all" and config.axis == "token"
     stages = [SplitFusedQkv(paths), AttendToAll(paths)] if split else []
-    return mod.variant(mod.dense_program, *leave_out(mod), *stages,
+    return mod.variant(mod.dense_program, *dropping_passes(config), *stages,
                        TakeFirstRows(paths, ratios, config.axis, config.capacity_multiple, merge))
 
 
@@ -60,14 +60,13 @@ def masked_model(mod: MoDModel) -> GraphModel:
     stages = [dataclasses.replace(stage, masked=True) if isinstance(stage, RouteBlocks) else stage
               for stage in routing_passes(mod, list(mod.routers), mod.config)
               if not isinstance(stage, SplitFusedQkv | AttendToAll)]
-    return mod.variant(mod.dense_program, *leave_out(mod), *stages, routers=True)
+    return mod.variant(mod.dense_program, *stages, routers=True)
 
 
 def other_attention_model(mod: MoDModel) -> GraphModel:
     """The routed model, on the same routers, whose chosen rows attend to all rows if it was to chosen ones, or back."""
     config = mod.config.model_copy(update={"attend_to": "chosen" if mod.config.attend_to == "all" else "all"})
-    stages = [*leave_out(mod), *routing_passes(mod, list(mod.routers), config)]
-    return mod.variant(mod.dense_program, *stages, routers=True)
+    return mod.variant(mod.dense_program, *routing_passes(mod, list(mod.routers), config), routers=True)
 
 
 def block_paths(mod: MoDModel) -> list[str]:

@@ -22,7 +22,7 @@ import torch.fx
 from torch import Tensor
 
 from modcompile.config import MoDConfig
-from modcompile.convert import dropped_blocks, padding_mask
+from modcompile.convert import padding_mask
 from modcompile.engine import Engine, build_engine, is_torch
 from modcompile.errors import ParityError, UsageError
 from modcompile.model import GraphModel, MoDModel
@@ -289,8 +289,7 @@ class _Case:
         axes = {block.path: block.axis for block in self.mod.routed_blocks}
         done: list[Comparison] = []
         routing: list[RoutingDifference] = []
-        dropped = dropped_blocks(self.mod)
-        for path in (path for path in block_paths(self.mod) if path not in dropped):
+        for path in (path for path in block_paths(self.mod) if path not in self.mod.config.dropped):
             for role in ("logits", "gate", "output") if path in axes else ("output",):
                 name = f"routing.{path}.{role}"
                 rows = self._valid_for("sequence") if role == "logits" and axes[path] == "sequence" else \

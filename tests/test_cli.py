@@ -483,6 +483,25 @@ def test_report(call, report, converted, dense):
     assert (code, "modcompile convert" in err) == (2, True)
 
 
+def test_report_on_a_text(call, report, converted, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<unk>": 1, "the": 2, "dog": 3, "barks": 4}
+    made = Tokenizer(models.WordLevel(words, "<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", unk_token="<unk>").save_pretrained(tmp_path)
+    (tmp_path / "text.txt").write_text("the dog barks\n\nthe dog\n")
+    line = ("report", converted, "--text", tmp_path / "text.txt", "--tokenizer", tmp_path, "-o", tmp_path / "page.html")
+    found = report(*line, "--by-line", "--shape", "input_ids=2x9")
+    assert (found["tokens"], found["passages"], found["padding"]) == (5, 2, pytest.approx(1 / 6))
+    assert "barks" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    for wrong, message in ((line[:4], "no --output"), (line[:2] + line[6:], "is for a report on a text"),
+                           ((*line, "--shape", "input_ids=9"), "batches of one shape")):
+        code, _, err = call(*wrong)
+        assert (code, message in err) == (2, True), err
+
+
 def test_doctor(call, report, monkeypatch):
     findings = report("doctor")
     assert {"python", "torch", "onnxruntime", "cmake"} <= {finding["name"] for finding in findings}

@@ -58,6 +58,7 @@ def test_the_wheel_is_the_tree(wheel):
     tops = {name.partition("/")[0] for name in names}
     assert tops == {"modcompile", f"modcompile-{modcompile.__version__}.dist-info"}
     assert "modcompile/py.typed" in names
+    assert {f"modcompile/insight/page.{kind}" for kind in ("css", "html", "js")} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

@@ -5,8 +5,7 @@ update matters, ``fit`` how that becomes a router, ``trials`` and ``choose`` whi
 the whole.
 """
 
-__all__ = ["CalibrationResult", "calibrate", "calibrate_each", "pruning_order", "read_text", "text_batches",
-           "tokenizer_of"]
+__all__ = ["CalibrationResult", "calibrate", "calibrate_each", "pruning_order", "text_batches"]
 
-from modcompile.calibration.batches import read_text, text_batches, tokenizer_of
+from modcompile.calibration.batches import text_batches
 from modcompile.calibration.procedure import CalibrationResult, calibrate, calibrate_each, pruning_order

@@ -1,13 +1,13 @@
 """Which blocks to route or drop, and how far, for a budget: by measured loss per FLOP saved."""
 
-__all__ = ["Move", "Search", "check_budget", "model_flops"]
+__all__ = ["Move", "Search", "check_budget"]
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
-from modcompile.calibration.trials import DENSE, DROPPED, State, Trials
+from modcompile.calibration.trials import DENSE, State, Trials
 from modcompile.errors import UsageError
 
 # What is left of a budget goes to one block, in steps of this share of its rows.
@@ -33,19 +33,13 @@ class Move:
     flops: float
 
 
-def model_flops(trials: Trials, state: State) -> int:
-    """FLOPs of a model with this state: one without a routed block gets a router all the same."""
-    routed = any(DROPPED < ratio < DENSE for ratio in state.values())
-    return trials.flops(state) + (0 if routed else trials.router_flops)
-
-
 def check_budget(trials: Trials, ratio: Fraction, budget: float) -> None:
     """Whether this ratio in every block meets a budget.
 
     Raises:
         UsageError: It does not; with the lowest budget that it meets.
     """
-    lowest = model_flops(trials, dict.fromkeys(trials.paths, ratio)) / trials.dense_flops
+    lowest = trials.flops(dict.fromkeys(trials.paths, ratio)) / trials.dense_flops
     if budget < lowest:
         rows = f"{ratio} of the rows" if ratio else "nothing"
         least = f"{math.ceil(lowest * 1e4) / 1e4}: {rows} in each of {len(trials.paths)} blocks"
@@ -79,7 +73,7 @@ class Search:
     @property
     def flops(self) -> int:
         """FLOPs with the state."""
-        return self._flops(self.state)
+        return self.trials.flops(self.state)
 
     def take(self, state: State) -> None:
         """Goes on from another state, or from the same with other routers."""
@@ -127,7 +121,7 @@ class Search:
         limit = budget * self.trials.dense_flops
         promises = [(first + second, dict([one, other])) for one, first in up.items() for other, second in down.items()
                     if one[0] != other[0]]
-        promises = [each for each in promises if self._flops(self.state | each[1]) <= limit]
+        promises = [each for each in promises if self.trials.flops(self.state | each[1]) <= limit]
         promises.sort(key=lambda each: each[0])
         tried = [(self.trials.loss(self.state | changes), changes) for _, changes in promises[:TRIED]]
         loss, changes = min(tried, key=lambda each: each[0], default=(math.inf, {}))
@@ -144,18 +138,15 @@ class Search:
             if above is None:
                 continue
             # One row more costs nearly the same everywhere between two ratios, which tells where to look.
-            price = (self._flops(self.state | {path: above}) - self.flops) / (above - ratio)
+            price = (self.trials.flops(self.state | {path: above}) - self.flops) / (above - ratio)
             steps = min(int((ratio + Fraction(limit - self.flops) / price) / STEP), STEP.denominator - 1)
-            while steps * STEP > ratio and self._flops(self.state | {path: steps * STEP}) > limit:
+            while steps * STEP > ratio and self.trials.flops(self.state | {path: steps * STEP}) > limit:
                 steps -= 1
             if steps * STEP > ratio:
                 state = self.state | {path: steps * STEP}
                 best = min(best, (self.trials.loss(state, path), state), key=lambda each: each[0])
         if best[1] != self.state:
             self._change({path: ratio for path, ratio in best[1].items() if ratio != self.state[path]})
-
-    def _flops(self, state: State) -> int:
-        return model_flops(self.trials, state)
 
     def _trial(self, path: str, ratio: Fraction) -> float:
         return self.trials.loss(self.state | {path: ratio}, path)

@@ -20,8 +20,6 @@ from modcompile.config import MoDConfig, as_fraction
 from modcompile.convert import convert
 from modcompile.errors import UnsupportedGraphError, UsageError
 from modcompile.model import GraphModel, MoDModel
-from modcompile.pass_manager import PassManager
-from modcompile.passes.prune_blocks import PruneBlocks
 
 # B batch  S rows  D model dim
 
@@ -229,17 +227,10 @@ def _converted(graph: GraphModel, config: MoDConfig, way: _Way) -> MoDModel:
     """A model of its own with the state and the routers of a way."""
     state = way.search.state
     routed = {path: ratio for path, ratio in state.items() if DROPPED < ratio < DENSE}
-    if not routed:
-        # Leaving out blocks alone is best: one router chooses every row.
-        routed = {next(path for path, ratio in state.items() if ratio == DENSE): DENSE}
     mod = convert(graph, config=MoDConfig(**config.model_dump() | {
         "blocks": tuple(routed), "capacity_ratio": tuple(map(float, routed.values())),
+        "dropped": tuple(path for path, ratio in state.items() if ratio == DROPPED),
         "attend_to": way.trials.attend_to}))
-    dropped = tuple(path for path, ratio in state.items() if ratio == DROPPED)
-    if dropped:
-        manager = PassManager([PruneBlocks(dropped)])
-        manager(mod.graph_module)
-        mod.passes += manager.ran
     _load(mod, {path: way.fitted[path] for path in routed})
     return mod
 

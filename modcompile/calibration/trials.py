@@ -47,7 +47,6 @@ class Trials:
         attend_to: What chosen rows attend to.
         objective: What losses are.
         dense_flops: Floating-point operations of the dense model, for the first batch's sizes.
-        router_flops: Those of the smallest router.
     """
 
     def __init__(self, source: GraphModel, config: MoDConfig, objective: ObjectiveKind, batches: Sequence[Batch]):
@@ -58,9 +57,8 @@ class Trials:
         self.objective = choose_objective(self.dense, objective)
         with torch.no_grad():
             self._references = [self.objective.reference(self.dense.run_graph(batch.inputs)) for batch in batches]
-        flops, routed = (flops_by_module(model, self._sizes) for model in (self.dense, self.mod))
+        flops = flops_by_module(self.dense, self._sizes)
         self.dense_flops = flops[""]
-        self.router_flops = min(routed[router_path(path)] for path in self.paths)
         self._flops: dict[tuple[str, Fraction], int] = {(path, DROPPED): 0 for path in self.paths}
         self._flops |= {(path, DENSE): flops[path] for path in self.paths}
         nodes = list(self.mod.graph_module.graph.nodes)

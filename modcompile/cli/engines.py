@@ -3,11 +3,9 @@
 __all__ = ["BENCH_EXAMPLES", "bench", "build", "package", "run", "verify"]
 
 import json
-import os
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Group
@@ -16,6 +14,7 @@ from rich.text import Text
 from modcompile.cli import options as opt
 from modcompile.cli.console import emit, engineering, settings, shape_text, table, working
 from modcompile.errors import UsageError
+from modcompile.files import write_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -225,7 +224,7 @@ def bench(
                               keep_going=keep_going, limit_s=limit_s, profile=profile, progress=say)
     if output is not None:
         kept = {"title": title or model, "command": settings.command_line, **report.to_dict()}
-        _write_whole(output, lambda file: file.write(json.dumps(kept, indent=1).encode()))
+        write_whole(output, lambda file: file.write(json.dumps(kept, indent=1).encode()))
     emit(as_json, report.to_dict(), report)
 
 
@@ -254,19 +253,4 @@ def _save_arrays(path: Path, arrays: dict[str, "np.ndarray"]) -> None:
     # The file format has no bfloat16; as float32 it keeps every bit.
     kept = {name: array.astype(np.float32) if array.dtype.name == "bfloat16" else array
             for name, array in arrays.items()}
-    _write_whole(path, lambda file: np.savez(file, allow_pickle=False, **kept))
-
-
-def _write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes a file that appears complete or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        try:
-            with open(partial, "xb") as file:
-                write(file)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise UsageError("the output cannot be written", expected="a folder that exists, may be written and has room",
-                         found=error.strerror or error, where=path) from error
+    write_whole(path, lambda file: np.savez(file, allow_pickle=False, **kept))

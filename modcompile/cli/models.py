@@ -162,9 +162,10 @@ def _calibrated(model: str, text: Path, budget: float | None, tokenizer: Path, s
                 shapes: dict[str, tuple[int, ...]] | None, conversion: opt.Conversion, say: Callable[[str], None]
                 ) -> tuple["MoDModel", dict[str, Any]]:
     """A dense model calibrated on a text, and the report of it."""
-    from modcompile.calibration import calibrate, read_text, text_batches, tokenizer_of
+    from modcompile.calibration import calibrate, text_batches
     from modcompile.capture import capture
     from modcompile.load_source import load_source, on_device
+    from modcompile.text_file import read_text, tokenizer_of
 
     kept = {name: conversion[name] for name in ("blocks", "attend_to", "padding_mask") if name in conversion}
     if set(conversion) - set(kept):

@@ -6,7 +6,7 @@ from tiny import WIDTH, Mlp, Stack, randn
 from torch import nn
 
 import modcompile as mc
-from modcompile.calibration.batches import bind_batches, read_text, text_batches, tokenizer_of
+from modcompile.calibration.batches import bind_batches, text_batches
 from modcompile.errors import UsageError
 
 # B batch  S rows
@@ -38,25 +38,6 @@ def test_a_sequence_has_the_special_tokens_of_a_text():
         text_batches("abcde", framed, ["input_ids"], batch=2, rows=3)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "the text is empty"),
-        (b" \n\t ", "the text is empty"),
-        (b"\x89PNG\r\n\x1a\n", "the file is no text"),
-        (b"abc\0def", "the file is no text"),
-    ],
-)
-def test_files_that_are_no_text(tmp_path, content, message):
-    path = tmp_path / "text.txt"
-    path.write_bytes(content)
-    with pytest.raises(UsageError, match=message) as raised:
-        read_text(path)
-    assert raised.value.details["where"] == str(path)
-    with pytest.raises(UsageError, match="the text cannot be read"):
-        read_text(tmp_path / "other.txt")
-
-
 def test_a_text_that_is_too_short_says_how_much_is_needed():
     with pytest.raises(UsageError, match="the text is too short") as raised:
         text_batches("abcdefg", letters, ["input_ids"], batch=2, rows=4)
@@ -68,14 +49,6 @@ def test_a_text_that_is_too_short_says_how_much_is_needed():
 def test_a_text_is_no_input_of_another_kind(inputs):
     with pytest.raises(UsageError, match="a text cannot be made into the inputs of this model"):
         text_batches("abcdefgh", letters, inputs, batch=2, rows=4)
-
-
-def test_a_folder_without_a_tokenizer(tmp_path):
-    with pytest.raises(UsageError, match="there is no tokenizer"):
-        tokenizer_of(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(UsageError, match="transformers cannot load the tokenizer"):
-        tokenizer_of(tmp_path)
 
 
 class Words(nn.Module):

@@ -11,7 +11,6 @@ from torch.nn import functional
 import modcompile as mc
 from modcompile.calibration import calibrate, calibrate_each, pruning_order
 from modcompile.cli import main
-from modcompile.convert import dropped_blocks
 from modcompile.errors import UnsupportedGraphError, UsageError
 from modcompile.flops import count_flops
 from modcompile.variants import dense_model, masked_model, oracle_model, pruned_blocks, pruned_model
@@ -114,11 +113,11 @@ def test_the_calibrated_model_is_never_worse_than_the_pruned_one(graph, results,
 
 def test_blocks_that_are_worth_nothing_are_left_out(graph, tmp_path):
     result = calibrate(graph, texts(2), 0.6, ratios=(0.25, 0.5), attend_to="all", objective="outputs")
-    mod, dropped = result.mod, dropped_blocks(result.mod)
-    assert dropped == ["stack.layers.1"]
-    assert [path for path, block in result.report["blocks"].items() if block["ratio"] == "0"] == dropped
+    mod, dropped = result.mod, result.mod.config.dropped
+    assert dropped == ("stack.layers.1",)
+    assert [path for path, block in result.report["blocks"].items() if block["ratio"] == "0"] == [*dropped]
     # The graphs that it is compared with leave them out too, but for the dense one.
-    assert dropped_blocks(mod) == dropped and count_flops(dense_model(mod), SIZES) == count_flops(graph, SIZES)
+    assert mod.config.dropped == dropped and count_flops(dense_model(mod), SIZES) == count_flops(graph, SIZES)
     assert count_flops(oracle_model(mod), SIZES) <= count_flops(mod, SIZES)
     with torch.no_grad():
         expected = mod(texts()[0])

@@ -14,8 +14,6 @@ RATIOS = [Fraction(1, 4), Fraction(1, 2)]
 class Known:
     """Blocks of 100 FLOPs beside 100 others; each costs its weight times the rows it lacks, more beside others."""
 
-    router_flops = 0
-
     def __init__(self, together=0.0, **weights):
         self.paths, self.weights, self.together, self.trials = list(weights), weights, together, 0
         self.dense_flops = 100 + 100 * len(weights)

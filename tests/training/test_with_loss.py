@@ -27,6 +27,7 @@ from modcompile.training import (
     next_token_loss,
     routing_losses,
 )
+from modcompile.variants import pruned_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 IDS = torch.randint(17, (6, 33), generator=torch.Generator().manual_seed(1))
@@ -79,6 +80,17 @@ def test_what_is_added_up(mod):
     model.eval()
     assert torch.allclose(model(labels=IDS, **inputs)["loss"], task, atol=1e-6)
     assert list(model(**inputs)) == ["logits"]
+
+
+def test_a_control_trains_under_the_same_losses(mod):
+    """A pruned model has no routing to learn, but the same teacher."""
+    pruned = pruned_model(mod, ["blocks.layers.1"])
+    model = WithLoss(pruned, routing_weight=0.1, teacher=Teacher(mod), hidden_weight=1.0).train()
+    inputs = {"input_ids": IDS, "attention_mask": MASK}
+    out = model(labels=IDS, **inputs)
+    expected = Teacher(mod)(**inputs)["logits"]
+    total = next_token_loss(out["logits"], IDS) + logits_loss(out["logits"], expected, MASK.bool())
+    assert list(model.losses) == ["task", "distillation"] and torch.allclose(out["loss"], total, atol=1e-6)
 
 
 def test_nan_names_the_step_and_the_block(mod):
