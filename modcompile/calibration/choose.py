@@ -1,6 +1,6 @@
 """Which blocks to route or drop, and how far, for a budget: by measured loss per FLOP saved."""
 
-__all__ = ["Move", "Search"]
+__all__ = ["Move", "Search", "check_budget"]
 
 import dataclasses
 import math
@@ -31,6 +31,20 @@ class Move:
     ratio: Fraction
     loss: float
     flops: float
+
+
+def check_budget(trials: Trials, ratio: Fraction, budget: float) -> None:
+    """Whether this ratio in every block meets a budget.
+
+    Raises:
+        UsageError: It does not; with the lowest budget that it meets.
+    """
+    lowest = trials.flops(dict.fromkeys(trials.paths, ratio)) / trials.dense_flops
+    if budget < lowest:
+        rows = f"{ratio} of the rows" if ratio else "nothing"
+        least = f"{math.ceil(lowest * 1e4) / 1e4}: {rows} in each of {len(trials.paths)} blocks"
+        raise UsageError("the budget cannot be met", expected=f"at least {least}", found=budget, where="budget",
+                         fix="a higher budget, or more blocks")
 
 
 class Search:
@@ -78,14 +92,8 @@ class Search:
         Raises:
             UsageError: A budget that the smallest ratio in every block does not meet, with the lowest that it does.
         """
-        dense, least = self.trials.dense_flops, dict.fromkeys(self.trials.paths, self.ratios[0])
-        lowest = self.trials.flops(least) / dense
-        if budget < lowest:
-            rows = f"{self.ratios[0]} of the rows" if self.ratios[0] else "nothing"
-            raise UsageError("the budget cannot be met", found=budget, where="budget", expected="at least "
-                             f"{math.ceil(lowest * 1e4) / 1e4}: {rows} in each of {len(least)} blocks",
-                             fix="a higher budget, or more blocks")
-        while self.flops > budget * dense:
+        check_budget(self.trials, self.ratios[0], budget)
+        while self.flops > budget * self.trials.dense_flops:
             options = [key for key in self._candidates if key[1] < self.state[key[0]]]
             if not self._prices:
                 self._say(f"trying {len(options)} ratios of blocks")

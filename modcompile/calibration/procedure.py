@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from modcompile.calibration.batches import Batch, bind_batches
-from modcompile.calibration.choose import Search
+from modcompile.calibration.choose import Search, check_budget
 from modcompile.calibration.measure import measure
 from modcompile.calibration.objective import ObjectiveKind
 from modcompile.calibration.trials import DENSE, DROPPED, State, Trials
@@ -135,6 +135,8 @@ def calibrate_each(model: nn.Module, batches: Sequence[Any], budgets: Sequence[f
                        padding_mask=padding_mask)
     graph, bound = _prepare(model, batches, config)
     tried, refused = _trials(graph, config, attend_to, bound, trial_batches, objective)
+    for trials in tried:
+        check_budget(trials, DROPPED, min(budgets))
     ways = [_Way(trials, bound, asked, draws, ridge, exchanges, seed, say) for trials in tried]
     for budget in sorted(set(budgets), reverse=True):
         for way in ways:

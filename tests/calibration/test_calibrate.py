@@ -122,9 +122,13 @@ def test_blocks_that_are_worth_nothing_are_left_out(graph, tmp_path):
     with torch.no_grad():
         expected = mod(texts()[0])
         torch.testing.assert_close(masked_model(mod)(texts()[0]), expected, rtol=1e-4, atol=1e-5)
+        again = mod.with_capacity(0.5).with_capacity(mod.config.capacity_ratio)
+        assert torch.equal(again(texts()[0]), expected) and again.config == mod.config
+        assert [record["name"] for record in again.passes].count("prune-blocks") == 1
         assert torch.equal(mc.load(mod.save_pretrained(tmp_path / "made"))(texts()[0]), expected)
 
 
+@pytest.mark.long
 def test_the_same_arguments_give_the_same_model(graph, results):
     torch.manual_seed(1)
     first, again = results[0.9], mc.calibrate(graph, texts(2), 0.9, ratios=(0.25, 0.5), attend_to="all")
@@ -153,6 +157,7 @@ def test_the_order_of_pruning_begins_with_the_block_that_does_least(graph, resul
     assert pruned_blocks(result.mod, SIZES, order) == ["stack.layers.1"]
 
 
+@pytest.mark.long
 def test_blocks_that_cannot_attend_to_all_rows_attend_to_chosen_ones():
     class Twice(nn.Module):
         """Two attentions: nothing to cut at."""
@@ -237,6 +242,12 @@ def test_convert_calibrates(folder, tmp_path, capfd):
     assert report["flops"] <= 0.9
     mod = mc.load(made)
     assert mod.config.attend_to == "all" and all(router.weight.any() for router in mod.routers.values())
+
+
+def test_a_device_that_is_not_there(folder, tmp_path, capfd):
+    options = ["--calibrate", folder / "text.txt", "--budget", 0.9, "--device", "cuda:99"]
+    assert call("convert", folder, "-o", tmp_path / "made", *options) == 5
+    assert "the device is not there" in capfd.readouterr().err
 
 
 def test_a_tokenizer_that_does_not_fit(folder, tmp_path, capfd):

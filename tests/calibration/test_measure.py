@@ -46,6 +46,7 @@ def test_it_is_what_an_update_may_move_with_the_state_in_place(ratio):
     torch.testing.assert_close(scores["layers.1"], expected, rtol=1e-4, atol=EAGER)
 
 
+@pytest.mark.long
 def test_the_state_in_place_is_the_routed_model():
     model, call = Stack(*(Block() for _ in range(3))), {"hidden": randn(B, S, WIDTH)}
     graph, config, trials = trials_of(model, call)
