@@ -283,9 +283,3 @@ def test_options_that_do_not_go_together(folder, tmp_path, capfd, options, messa
     assert call("convert", folder, "-o", tmp_path / "made", *options) == 2
     assert message in capfd.readouterr().err
     assert not (tmp_path / "made").exists()
-
-
-def test_a_device_that_is_not_there(folder, tmp_path, capfd):
-    options = ["--calibrate", folder / "text.txt", "--budget", 0.9, "--device", "cuda:99"]
-    assert call("convert", folder, "-o", tmp_path / "made", *options) == 5
-    assert "the device is not there" in capfd.readouterr().err
