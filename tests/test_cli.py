@@ -200,11 +200,12 @@ def test_inspect_gives_reasons(report):
 
 def test_convert_saves_what_was_asked_for(report, dense, tmp_path):
     found = report("convert", dense, "-o", tmp_path / "out", "--blocks", "encoder.layer.0, encoder.layer.2",
-                   "--gate", "tanh", "--capacity-ratio", "0.5,1/3", "--attend-to", "all", "--capacity-multiple", "2")
+                   "--gate", "tanh", "--capacity-ratio", "0.5,1/3", "--attend-to", "all", "--capacity-multiple", "2",
+                   "--dropped", "encoder.layer.3")
     assert [(b["path"], b["capacity_ratio"], b["multiple"]) for b in found["routed_blocks"]] == [
         ("encoder.layer.0", "1/2", 2), ("encoder.layer.2", "1/3", 2)]
     mod = modcompile.load(tmp_path / "out")
-    assert (mod.config.gate, mod.config.attend_to) == ("tanh", "all")
+    assert (mod.config.gate, mod.config.attend_to, mod.config.dropped) == ("tanh", "all", ("encoder.layer.3",))
 
 
 def test_convert_does_not_overwrite(call, dense, converted):

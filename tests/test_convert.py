@@ -12,6 +12,7 @@ from modcompile.config import MoDConfig
 from modcompile.convert import convert, padding_mask, routing_passes
 from modcompile.errors import UnsupportedGraphError, UsageError
 from modcompile.trace import trace_routing
+from modcompile.variants import block_paths, pruned_model
 
 # B batch  S rows  D model dim
 
@@ -217,6 +218,19 @@ def test_the_pipeline_is_recorded(plain):
                                          "padding_mask": None, "masked": False, "seen": "hidden"}
     names = [stage.name for stage in routing_passes(graph, ["layers.1"], MoDConfig(axis="sequence", attend_to="all"))]
     assert names == ["route-blocks", "round-capacity"]
+
+
+def test_blocks_are_left_out(plain):
+    _, graph = plain
+    mod = convert(graph, None, MoDConfig(blocks="all", dropped=("layers.0",), capacity_ratio=0.25))
+    assert list(mod.routers) == [path for path in block_paths(mod) if path != "layers.0"]
+    # A model may leave out blocks and route none.
+    pruned = convert(graph, None, MoDConfig(blocks=("layers.0",), dropped=("layers.0",)))
+    hidden = rows(3, 9, 8)
+    with torch.no_grad():
+        assert pruned.routers == {} and torch.equal(pruned(hidden), pruned_model(mod, ["layers.0"])(hidden))
+    with pytest.raises(UsageError, match="a block to drop is none"):
+        convert(graph, None, MoDConfig(dropped=("layers.9",)))
 
 
 def test_the_captured_graph_is_left_as_it_was(plain):

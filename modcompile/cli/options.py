@@ -8,6 +8,7 @@ __all__ = [
     "CapacityMultiple",
     "CapacityRatio",
     "Conversion",
+    "Dropped",
     "Gate",
     "ModelArgument",
     "Options",
@@ -62,6 +63,8 @@ Router = Annotated[Literal["linear", "mlp", "depth", "attention", "noise"] | Non
     "straight-through or scale; noise is a control, of which no engine can be made.")]
 RouterHidden = Annotated[int | None, typer.Option(
     help="The width of the hidden layer of mlp and depth; by default a quarter of the hidden state's.")]
+Dropped = Annotated[str | None, typer.Option(
+    metavar="PATHS", help="Blocks to leave out for every row, as module paths separated by commas.")]
 AttendTo = Annotated[Literal["chosen", "all"] | None, typer.Option(
     help="Which rows a chosen row attends to; chosen by default.")]
 Axis = Annotated[Literal["token", "sequence"] | None, typer.Option(
@@ -75,7 +78,7 @@ PaddingMask = Annotated[str | None, typer.Option(
 Conversion = dict[str, Any]
 
 _CONVERSION = {"blocks": Blocks, "capacity_ratio": CapacityRatio, "capacity_multiple": CapacityMultiple, "gate": Gate,
-               "router": Router, "router_hidden": RouterHidden, "attend_to": AttendTo, "axis": Axis,
+               "router": Router, "router_hidden": RouterHidden, "dropped": Dropped, "attend_to": AttendTo, "axis": Axis,
                "padding_mask": PaddingMask}
 
 
@@ -99,7 +102,8 @@ def takes_conversion(verb: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-def config_from(*, blocks: str | None = None, capacity_ratio: str | None = None, **options: Any) -> "MoDConfig":
+def config_from(*, blocks: str | None = None, capacity_ratio: str | None = None, dropped: str | None = None,
+                **options: Any) -> "MoDConfig":
     """The configuration that the conversion's options stand for; those that are None keep its defaults.
 
     Raises:
@@ -113,6 +117,7 @@ def config_from(*, blocks: str | None = None, capacity_ratio: str | None = None,
     from modcompile.config import MoDConfig
 
     options |= {"blocks": blocks and _read_blocks(blocks),
+                "dropped": dropped and tuple(path.strip() for path in dropped.split(",")),
                 "capacity_ratio": capacity_ratio and _read_ratio(capacity_ratio)}
     return MoDConfig(**{name: value for name, value in options.items() if value is not None})
 
