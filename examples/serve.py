@@ -142,6 +142,9 @@ class Service(ThreadingHTTPServer):
 
     daemon_threads = True
 
+    # Callers who connect before one is accepted: of the library's 5, a burst would see connections reset.
+    request_queue_size = 128
+
     def __init__(self, batcher: Batcher, port: int = 0):
         super().__init__(("127.0.0.1", port), Handler)
         self.batcher = batcher
