@@ -29,14 +29,13 @@ import torch
 import transformers as hf
 from calibrate import load_model, named, tiny_model
 from torch import nn
-from torch.nn import functional as F
 
 import modcompile as mc
 from modcompile.calibration import calibrate_each, pruning_order
 from modcompile.flops import count_flops
 from modcompile.routers import NoiseRouter, router_path
 from modcompile.text_file import read_text
-from modcompile.training import QuantileThresholds, causal_model, logits_loss
+from modcompile.training import QuantileThresholds, causal_model, logits_loss, next_token_loss
 from modcompile.variants import dense_model, pruned_model
 
 # B batch  S rows  V vocabulary
@@ -71,11 +70,6 @@ def windows(tokens: torch.Tensor, count: int, batch: int, rows: int) -> torch.Te
     whole = tokens[:len(tokens) // rows * rows].view(-1, rows)
     count = min(count, len(whole)) // batch * batch
     return whole[torch.linspace(0, len(whole) - 1, count).long()].view(-1, batch, rows)
-
-
-def next_token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """In nats."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
 def autocast(device: torch.device) -> torch.autocast:
