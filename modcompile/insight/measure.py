@@ -202,6 +202,9 @@ def measure(mod: MoDModel, passages: Sequence[Passage], *, batch: int = 4, pad: 
     """
     if not passages:
         raise UsageError("there is nothing to read", expected="passages", found="none", where="measure")
+    if not mod.routers:
+        raise UsageError("the model routes no block: there is nothing to show", expected="routed blocks", found="none",
+                         where="measure", fix="modcompile report without --text sums the model up")
     was_training = mod.training
     mod.eval()
     try:

@@ -153,6 +153,7 @@ def test_routed_sequences():
 
 @pytest.mark.parametrize("made, message", [
     (lambda: measure(routed(), []), "nothing to read"),
+    (lambda: measure(routed(blocks=("layers.0",), dropped=("layers.0",)), passages(9)), "routes no block"),
     (lambda: measure(routed(), [Passage((WORDS,), ("x",), ("symbol",))]), "vocabulary"),
     (lambda: read_passages("some text", object()), "does not say which characters"),
 ])
