@@ -30,6 +30,8 @@ class CudaGraph:
     def __init__(self, model: Callable[[list[Tensor]], list[Tensor]], inputs: Sequence[Tensor], *,
                  reuse_outputs: bool = False):
         self._device, self._inputs, self._reuse_outputs = inputs[0].device, list(inputs), reuse_outputs
+        # The recorded run reads the model's weights, which go with it.
+        self._model = model
         self._lock = threading.Lock()
         with torch.cuda.device(self._device):
             caller, side = torch.cuda.current_stream(), torch.cuda.Stream()

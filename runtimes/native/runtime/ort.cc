@@ -198,8 +198,14 @@ void append_cuda(Ort::SessionOptions& options, const Gpu& gpu) {
       {"arena_extend_strategy", "kSameAsRequested"},
       {"enable_cuda_graph", gpu.cuda_graph ? "1" : "0"},
   };
-  for (const auto& [key, value] : pairs) {
-    Ort::ThrowOnError(Ort::GetApi().UpdateCUDAProviderOptions(cuda, &key, &value, 1));
+  try {
+    for (const auto& [key, value] : pairs) {
+      Ort::ThrowOnError(Ort::GetApi().UpdateCUDAProviderOptions(cuda, &key, &value, 1));
+    }
+  } catch (const Ort::Exception& error) {
+    throw Error(ErrorKind::kRuntimeUnavailable, "ONNX Runtime does not run on this GPU",
+                {"a GPU that the driver lists", "cuda:" + device + ": " + error.what(), "device",
+                 "name another device; nvidia-smi lists what there is"});
   }
   if (gpu.stream != nullptr) {
     Ort::ThrowOnError(Ort::GetApi().UpdateCUDAProviderOptionsWithValue(cuda, "user_compute_stream", gpu.stream));

@@ -45,6 +45,7 @@ class Variant:
         self.sets = [first, *(buffers() for _ in range(min(63, ROTATED_BYTES // size)))]
         self.launches = math.ceil((20 if moved else 200) / len(self.sets)) * len(self.sets)
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())  # the buffers are being filled
         with torch.cuda.stream(stream):  # compiles and allocates what a capture must not
             call(*first)
         stream.synchronize()
