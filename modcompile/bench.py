@@ -227,8 +227,9 @@ class _Workshop:
     def _model(self, variant: str) -> GraphModel:
         make: dict[str, Callable[[], GraphModel]] = {
             "dense": lambda: dense_model(self.mod), "mod": lambda: self.mod,
-            # The faster form: ONNX Runtime's custom ops merge in place.
-            "oracle": lambda: oracle_model(self.mod, merge=bool(self.options.get("custom_ops"))),
+            # The faster form: AOTInductor, and ONNX Runtime's custom ops, merge in place.
+            "oracle": lambda: oracle_model(
+                self.mod, merge=self.runtime == "aoti" or bool(self.options.get("custom_ops"))),
             "pruned": lambda: pruned_model(self.mod, self.dropped), "masked": lambda: masked_model(self.mod),
             "other": lambda: other_attention_model(self.mod), "compile": lambda: dense_model(self.mod)}
         return make[variant]()

@@ -21,10 +21,11 @@ from modcompile.passes.cast_precision import CastPrecision
 from modcompile.passes.fold_filled import FoldFilled
 from modcompile.passes.fold_straight_through import FoldStraightThrough
 from modcompile.passes.fuse_attention import FuseAttention
+from modcompile.passes.norm_before_merge import NormBeforeMerge
+from modcompile.passes.overwrite_rows import OverwriteRows
 from modcompile.passes.simplify_masks import SimplifyMasks
 from modcompile.passes.sum_columns import SumColumns
 from modcompile.runtimes.aoti.engine import ELEMENTS, ENTRY, LARGEST, open_package
-from modcompile.runtimes.aoti.merge import merge_by_reading
 from modcompile.runtimes.aoti.target import find_device, target_of
 from torch import nn
 from torch._inductor.exc import InvalidCxxCompiler
@@ -36,6 +37,7 @@ from modcompile.capture import capture
 from modcompile.engine import Shapes
 from modcompile.errors import ModcompileError, RuntimeUnavailableError, UnsupportedGraphError, UsageError
 from modcompile.export.flatten import bind_shapes, flatten
+from modcompile.export.fuse_rms_norm import FuseRmsNorm
 from modcompile.export.lift import lift
 from modcompile.export.onnx_file import PRECISIONS
 from modcompile.manifest import PassRecord, VersionRange
@@ -85,8 +87,7 @@ def build(model: nn.Module, folder: Path, *, runtime: str, precision: str | None
     flat = passes(flatten(_at(graph, place), shapes))
     # On a GPU the compiler sees route's kernel.
     program = lift(flat, opaque=False).run_decompositions(
-        {torch.ops.modcompile.route.default: sorted_route} if place.type == "cpu" else
-        {torch.ops.modcompile.merge_rows.default: merge_by_reading})
+        {torch.ops.modcompile.route.default: sorted_route} if place.type == "cpu" else {})
     examples = [_example(node, place) for node in _inputs(flat)]
     with tempfile.TemporaryDirectory(prefix=".build", dir=folder) as scratch:
         files = _compile(program, examples, scratch, place.type == "cuda" if autotune is None else autotune)
@@ -120,10 +121,15 @@ def lowering_passes(precision: str) -> list[Pass]:
         FuseAttention(),
         # The fastest one takes a causal flag and no mask.
         SimplifyMasks(),
+        # A norm that is written out becomes one node, which can be moved as one.
+        FuseRmsNorm(),
+        NormBeforeMerge(),
         # What an operator does inside, it does in float32.
         *([CastPrecision(half)] if half else []),
-        # Last: a router's product, which is in float32 whatever the precision, joins the kernel that makes its rows.
+        # A router's product, which is in float32 whatever the precision, joins the kernel that makes its rows.
         SumColumns(),
+        # What is left of a merge, where nothing is left of its gate.
+        OverwriteRows(),
     ]
 
 

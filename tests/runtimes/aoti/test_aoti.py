@@ -35,12 +35,15 @@ from modcompile.errors import (
 )
 from modcompile.export.flatten import flatten
 from modcompile.manifest import read_manifest, write_manifest
+from modcompile.pass_manager import PassManager
 from modcompile.variants import dense_model, oracle_model, with_routing_outputs
 
 # B batch  S rows  K capacity  D model dim
 
 D = 8
 ROUTE = torch.ops.modcompile.route.default
+MERGE, PUT, NORM = (torch.ops.modcompile.merge_rows.default, torch.ops.aten.index_put.default,
+                    torch.ops.aten.layer_norm.default)
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
 
@@ -122,8 +125,9 @@ def test_a_built_engine_says_what_it_is(model, folder, engine):
                                                        "attention_mask int64 [batch, sequence]"]
     assert [str(spec) for spec in manifest.outputs] == ["output float32 [batch, sequence, 8]"]
     assert list(manifest.routed_blocks) == model.routed_blocks
-    assert [record.name for record in manifest.passes][-4:] == ["fold-straight-through", "fuse-attention",
-                                                                "simplify-masks", "sum-columns"]
+    assert [record.name for record in manifest.passes][-7:] == [
+        "fold-straight-through", "fuse-attention", "simplify-masks", "fuse-rms-norm", "norm-before-merge",
+        "sum-columns", "overwrite-rows"]
     assert target_of(torch.device("cpu")).items() <= manifest.target.items()
     # Neither generated code nor a second copy of the weights stays.
     assert sorted(os.listdir(folder)) == ["manifest.json", "model.pt2"]
@@ -650,6 +654,24 @@ def gpu(tmp_path_factory, request):
 
 def ids_of(seed, device="cuda"):
     return {"input_ids": family("gpt2-unmasked").inputs(3, 33, None, seed=seed)["input_ids"].to(device)}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_rows_are_written_in_place(precision):
+    """With a straight-through gate and no padding, nothing that follows a routed block touches all rows."""
+    member = family("gpt2-unmasked")
+    routed = mc.convert(member.build(), member.example(), mc.MoDConfig(
+        capacity_ratio=0.25, gate="straight-through"))
+    flat = flatten(routed, {"input_ids": (3, 33)})
+    norms = len(flat.graph.find_nodes(op="call_function", target=NORM))
+    PassManager(builder.lowering_passes(precision))(flat)
+    found = {target: flat.graph.find_nodes(op="call_function", target=target) for target in (MERGE, PUT, NORM)}
+    blocks = len(routed.routed_blocks)
+    # Each block's rows and their norm are put into what is not read again; of the last block, the norm alone.
+    assert (len(found[MERGE]), len(found[PUT]), len(found[NORM])) == (0, 2 * blocks - 1, norms + blocks)
+    order = list(flat.graph.nodes)
+    for put in found[PUT]:
+        assert max(map(order.index, put.args[0].users)) == order.index(put)
 
 
 class TestGpu:
