@@ -14,6 +14,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import operator
 import os
 import platform
 import tempfile
@@ -32,6 +33,7 @@ from modcompile.compiled import CompiledModel
 from modcompile.convert import padding_mask
 from modcompile.engine import Engine, build_engine, load_engine, load_options
 from modcompile.errors import UsageError
+from modcompile.export.flatten import flatten
 from modcompile.flops import count_flops
 from modcompile.manifest import MANIFEST_NAME
 from modcompile.model import GraphModel, MoDModel
@@ -238,9 +240,12 @@ class _Workshop:
         return {name: value.shape for name, value in self.inputs.items()}
 
     def _weight_bytes(self, model: GraphModel) -> int:
-        half = self.precision != "fp32"
+        # Of what the graph uses: a model without some blocks has their weights still.
+        flat, half = flatten(model), self.precision != "fp32"
+        read = (operator.attrgetter(node.target)(flat) for node in flat.graph.find_nodes(op="get_attr"))
+        used = {id(tensor): tensor for tensor in read}
         return sum(tensor.numel() * (2 if half and tensor.is_floating_point() else tensor.itemsize)
-                   for tensor in model.tensors().values())
+                   for tensor in used.values())
 
     def _load(self, folder: Path) -> Engine:
         engine = load_engine(folder, **load_options(self.runtime, self.options))

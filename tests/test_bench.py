@@ -259,6 +259,13 @@ def test_torch_compile_takes_part(mod: MoDModel, builder: Builder):
     assert "torch.compile/dense" in report.ratios and "torch.compile" in shown(report)
 
 
+def test_the_weights_of_dropped_blocks_do_not_count(mod: MoDModel, builder: Builder):
+    timings = mc.benchmark(mod, shapes=SHAPES, runs=1, warmup=0, variants=("dense", "mod", "pruned")).timings
+    dropped = mc.benchmark(mod, shapes=SHAPES, runs=1, warmup=0, variants=("mod", "pruned")).pruned
+    block = sum(tensor.nbytes for name, tensor in mod.named_parameters() if name.startswith(f"{dropped[0]}."))
+    assert timings["dense"].weight_bytes - timings["pruned"].weight_bytes == len(dropped) * block > 0
+
+
 def test_rows_that_near_ties_send_elsewhere_are_counted(mod: MoDModel, builder: Builder):
     """In half precision few rows may be far where PyTorch has none; in float32, and without routing, none at all."""
     def swap(rows):
