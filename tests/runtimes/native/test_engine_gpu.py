@@ -1,23 +1,30 @@
 """The C++ runtime on a GPU: device memory, streams, threads and CUDA graphs give what host memory gives, and Python.
 
 tests/check_engine_gpu.cc does the work. TensorRT's back end is built where TENSORRT_INCLUDE_DIR and TENSORRT_LIBRARY
-name its headers and its library; without a GPU it is only compiled, where there are the headers.
+name its headers and its library; without a GPU it is only compiled, where there are the headers. TensorRT 8.6, which
+this package does not build engines with, needs what builds one: TRT86_RUNNER, a command as trt86_bench.py takes it,
+and MODCOMPILE_TRT86, the plugin library for it. CHECK_ENGINE_GPU names a program that was built already.
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import tiny
 import torch
+from modcompile.runtimes.trt.lower import lower
+from modcompile.runtimes.trt.profile import bind_profile
 from native_driver import command, words
 
 import modcompile as mc
+from modcompile.manifest import write_manifest
 
 # B batch  S rows  D model dim
 B, S = 3, 63
@@ -38,6 +45,8 @@ def environment():
 def program(configure, tmp_path_factory):
     """Builds check_engine_gpu, or another program, with a back end."""
     def build(*options, name="check_engine_gpu"):
+        if given := os.environ.get("CHECK_ENGINE_GPU"):
+            return Path(given)
         folder = tmp_path_factory.mktemp("gpu")
         configure(folder, "-DMODCOMPILE_TESTS=ON", *options)
         command("cmake", "--build", folder, "--parallel", os.cpu_count())
@@ -61,7 +70,7 @@ def model():
     return routed, batches
 
 
-def check(program, environment, folder, batches, tmp_path):
+def check(program, environment, folder, batches, tmp_path, in_python=True):
     """Runs the program; what it computed from host memory is Python's as well."""
     tensors = []
     for number, batch in enumerate(batches):
@@ -71,9 +80,10 @@ def check(program, environment, folder, batches, tmp_path):
                           env=environment)
     print(done.stdout)
     assert done.returncode == 0 and done.stdout.endswith("all checks passed\n"), done.stdout + done.stderr
-    with mc.load_engine(folder) as engine:
-        for name, array in engine.run(batches[0]).items():
-            assert (tmp_path / name).read_bytes() == array.tobytes()
+    if in_python:
+        with mc.load_engine(folder) as engine:
+            for name, array in engine.run(batches[0]).items():
+                assert (tmp_path / name).read_bytes() == array.tobytes()
 
 
 @pytest.mark.gpu
@@ -104,6 +114,45 @@ def test_tensorrt(program, environment, model, tmp_path):
     built = program("-DMODCOMPILE_RUNTIME_TRT=ON", f"-DTENSORRT_INCLUDE_DIR={os.environ['TENSORRT_INCLUDE_DIR']}",
                     f"-DTENSORRT_LIBRARY={os.environ['TENSORRT_LIBRARY']}")
     check(built, environment, tmp_path / "engine", batches, tmp_path)
+
+
+@pytest.mark.gpu
+@no_gpu
+def test_tensorrt_8(program, environment, tmp_path):
+    """An engine with our plugins, of a release that has no package for this Python, in a bundle made by hand."""
+    needed = ("TRT86_RUNNER", "MODCOMPILE_TRT86", "TENSORRT_INCLUDE_DIR", "TENSORRT_LIBRARY")
+    if missing := [name for name in needed if name not in os.environ]:
+        pytest.skip(f"there is no {' and no '.join(missing)}")
+    torch.manual_seed(0)
+    routed = mc.convert(tiny.Stack(*(tiny.Block() for _ in range(2))), {"hidden": torch.randn(2, 5, tiny.WIDTH)},
+                        mc.MoDConfig(capacity_ratio=0.25))
+    tiny.randomise_routers(routed)
+    batches = [{"hidden": np.random.default_rng(seed).standard_normal((B, S, tiny.WIDTH)).astype(np.float32)}
+               for seed in (0, 1)]
+    shapes = {"hidden": (B, S, tiny.WIDTH)}
+    exported = ir.load(mc.export_onnx(routed, tmp_path / "exported.onnx", opset=17, shapes=shapes))
+    lowered = lower(exported, bind_profile(exported.graph.inputs, shapes), plugins=True, weakly_typed=True)
+    ir.save(lowered, tmp_path / "model.onnx")
+    np.savez(tmp_path / "inputs.npz", **batches[0])
+    folder = tmp_path / "engine"
+    folder.mkdir()
+    shutil.copyfile(os.environ["MODCOMPILE_TRT86"], folder / "libmodcompile_trt.so")
+    command(*shlex.split(os.environ["TRT86_RUNNER"]), tmp_path / "model.onnx", "--plan", folder / "model.plan",
+            "--plugin", folder / "libmodcompile_trt.so", "--inputs", tmp_path / "inputs.npz", "--outputs",
+            tmp_path / "outputs.npz")
+    major, minor = torch.cuda.get_device_capability()
+    (output,) = lowered.graph.outputs
+    write_manifest(folder, {
+        "runtime": "tensorrt", "runtime_version": "8.6.0", "runtime_range": {"minimum": "8.6.0", "below": "8.6.1"},
+        "precision": "fp32", "entry": "model.plan", "target": {"compute_capability": f"{major}.{minor}"},
+        "inputs": [{"name": "hidden", "dtype": "float32", "shape": shapes["hidden"]}],
+        "outputs": [{"name": output.name, "dtype": "float32", "shape": shapes["hidden"]}]})
+    check(program("-DMODCOMPILE_RUNTIME_TRT=ON", "-DMODCOMPILE_RUNTIME_ORT=OFF",
+                  f"-DTENSORRT_INCLUDE_DIR={os.environ['TENSORRT_INCLUDE_DIR']}",
+                  f"-DTENSORRT_LIBRARY={os.environ['TENSORRT_LIBRARY']}"),
+          environment, folder, batches, tmp_path, in_python=False)
+    expected = np.load(tmp_path / "outputs.npz")[output.name]
+    assert np.isfinite(expected).all() and (tmp_path / output.name).read_bytes() == expected.tobytes()
 
 
 @pytest.mark.gpu
