@@ -168,6 +168,8 @@ def main() -> None:
         parser.error("--text and --held-out are needed")
     hf.logging.set_verbosity_error()
     hf.logging.disable_progress_bar()
+    # Losses are compared, not written down to their last digit: a GPU's products may round factors to 10 bits.
+    torch.set_float32_matmul_precision("high")
     model, tokenizer = tiny_model() if options.tiny else load_model(options.model)
 
     def batches_of(path: Path, sequences: int, batch: int) -> Batches:

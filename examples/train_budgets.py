@@ -258,6 +258,8 @@ def main() -> None:
     options = parser.parse_args()
     hf.logging.set_verbosity_error()
     hf.logging.disable_progress_bar()
+    # Losses are compared, not written down to their last digit: a GPU's products may round factors to 10 bits.
+    torch.set_float32_matmul_precision("high")
     torch.manual_seed(options.seed)
     if options.tiny:
         options.train, options.held_out = [Path(argparse.__file__)], [("code", Path(doctest.__file__))]
