@@ -40,6 +40,7 @@ from modcompile.variants import dense_model, pruned_model
 
 # B batch  S rows  V vocabulary
 WARMUP = 0.05  # of the steps
+MODELS = ("dense", "pruned", "calibrated", "stochastic")
 
 
 @dataclasses.dataclass
@@ -200,7 +201,12 @@ def compare(model: nn.Module, tokenizer: Callable[..., Any], options: argparse.N
         decides = isinstance(candidate, mc.MoDModel) and any(list(r.parameters()) for r in candidate.routers.values())
         return made | ({"causal": causal_losses(candidate, texts, options)} if decides else {})
 
-    cells.add("dense", lambda: cell(copy.deepcopy(graph)))
+    def add(kind: str, name: str, make: Callable[[], mc.GraphModel], **further: Any) -> None:
+        # Every one begins with the dense model's own tensors.
+        if kind in options.models:
+            cells.add(name, lambda: cell(copy.deepcopy(make()), **further))
+
+    add("dense", "dense", lambda: graph)
     order = pruning_order(graph, calibration, min(options.budgets), trial_batches=options.trial_batches)
     budgets = sorted(options.budgets, reverse=True)
     pruned = [next(model for n in range(1, len(order) + 1)
@@ -209,12 +215,10 @@ def compare(model: nn.Module, tokenizer: Callable[..., Any], options: argparse.N
     shares = [count_flops(model, sizes) / flops for model in pruned]
     results = calibrate_each(graph, calibration, shares, attend_to=options.attend_to,
                              trial_batches=options.trial_batches, seed=options.seed)  # fmt: skip
-    # Every one begins with the dense model's own tensors.
     for budget, model, result in zip(budgets, pruned, results, strict=True):
-        cells.add(f"pruned {budget}", lambda model=model: cell(copy.deepcopy(model)))
-        cells.add(f"calibrated {budget}", lambda result=result: cell(copy.deepcopy(result.mod),
-                                                                     calibration=result.report))
-        cells.add(f"stochastic {budget}", lambda result=result: cell(stochastic(result.mod)))
+        add("pruned", f"pruned {budget}", lambda model=model: model)
+        add("calibrated", f"calibrated {budget}", lambda result=result: result.mod, calibration=result.report)
+        add("stochastic", f"stochastic {budget}", lambda result=result: stochastic(result.mod))
     return cells.report
 
 
@@ -238,6 +242,8 @@ def main() -> None:
     parser.add_argument("--train", type=Path, nargs="+", metavar="FILE", help="text to calibrate and train on")
     parser.add_argument("--held-out", type=named, nargs="+", metavar="NAME=FILE", help="what to measure loss on")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="of a folder's second call, "
+                        "what it adds")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rows", type=int, default=1024)
