@@ -24,7 +24,7 @@ TESTED = 0.3
 # "Physical entity", "abstraction" and their like have a smaller depth.
 LEAST_DEPTH = 4
 
-# In a passage.
+# Of a passage.
 ENTRIES = 4
 
 # So many draws that gave nothing new, one after the other, and there is nothing left to draw.
@@ -32,6 +32,9 @@ PATIENCE = 10_000
 
 _NAME = re.compile(r"[a-z]+( [a-z]+)?")
 Made = TypeVar("Made", Labelled, Rated, Question)
+
+# Draws the example of a number, or nothing, if what came up does not fit.
+Draw = Callable[["_Side", random.Random, int], Made | None]
 
 
 def wordnet_entailment(wordnet: WordNet, train: int, test: int, seed: int = 0) -> Task[Labelled]:
@@ -49,8 +52,8 @@ def wordnet_entailment(wordnet: WordNet, train: int, test: int, seed: int = 0) -
     Raises:
         UsageError: The nouns do not suffice for as many.
     """
-    def draw(side: _Side, chance: random.Random) -> Labelled | None:
-        low, label = side.pick(chance), chance.choice(("entailment", "neutral", "contradiction"))
+    def draw(side: _Side, chance: random.Random, number: int) -> Labelled | None:
+        low, label = side.pick(chance), ("entailment", "neutral", "contradiction")[number % 3]
         other = side.beside(low, chance) if label == "contradiction" else side.above(low, 6, chance)
         if other is None:
             return None
@@ -72,12 +75,12 @@ def wordnet_questions(wordnet: WordNet, train: int, test: int, seed: int = 0) ->
     Raises:
         UsageError: The nouns do not suffice for as many.
     """
-    def draw(side: _Side, chance: random.Random) -> Question | None:
+    def draw(side: _Side, chance: random.Random, number: int) -> Question | None:
         answer = side.pick(chance)
         others = [side.pick(chance) for _ in range(ENTRIES - 1)]
         if len({synset.name for synset in (answer, *others)}) < ENTRIES:
             return None
-        if chance.random() < 0.5:
+        if number % 2:
             text = f"Which word means {answer.definition}?"
         else:
             kind = side.above(answer, 3, chance)
@@ -105,8 +108,8 @@ def wordnet_similarity(wordnet: WordNet, train: int, test: int, seed: int = 0) -
     Raises:
         UsageError: The nouns do not suffice for as many.
     """
-    def draw(side: _Side, chance: random.Random) -> Rated | None:
-        kind = chance.randrange(4)
+    def draw(side: _Side, chance: random.Random, number: int) -> Rated | None:
+        kind = number % 4
         if kind == 0:
             first = second = chance.choice(side.used)
         else:
@@ -172,18 +175,17 @@ class _Side:
 
 
 def _task(name: str, wordnet: WordNet, train: int, test: int, seed: int,
-          draw: Callable[[_Side, random.Random], Made | None]) -> Task[Made]:
+          draw: Draw[Made]) -> Task[Made]:
     return Task(name, *(_drawn(_Side(wordnet, tested), count, random.Random(f"{name}, {tested}, {seed}"), draw)
                         for tested, count in ((False, train), (True, test))))
 
 
-def _drawn(side: _Side, count: int, chance: random.Random, draw: Callable[[_Side, random.Random], Made | None]
-           ) -> list[Made]:
+def _drawn(side: _Side, count: int, chance: random.Random, draw: Draw[Made]) -> list[Made]:
     """So many different examples."""
     made: dict[Made, None] = {}
     idle = 0
     while len(made) < count:
-        example, before = draw(side, chance), len(made)
+        example, before = draw(side, chance, len(made)), len(made)
         if example is not None:
             made[example] = None
         idle = 0 if len(made) > before else idle + 1
