@@ -24,7 +24,6 @@ cores take --rows 64 --train 3000 --test 1000 --batch 32 --dense-steps 150 --ste
 
 import argparse
 import copy
-import json
 import math
 import statistics
 import tempfile

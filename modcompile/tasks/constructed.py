@@ -1,7 +1,7 @@
 """Tasks of our own construction, from WordNet's nouns: entailment, questions, similarity. No benchmark has them.
 
 Every synset is on one side, training or test, as a hash of its name says: no synset, and no name of one, is on both. So
-a word has to be understood from what the model knew before and from its definition. What is drawn follows from the seed.
+a word has to be understood from what the model knew before and from its definition. What is drawn follows from a seed.
 
 Names are in lower case and of letters; the most general synsets, of which nearly everything is a kind, are left out.
 """
@@ -46,7 +46,8 @@ def wordnet_entailment(wordnet: WordNet, train: int, test: int, seed: int = 0) -
 
     Args:
         wordnet: The nouns.
-        train: How many examples to train on; ``test``: to measure on.
+        train: How many examples to train on.
+        test: How many to measure on.
         seed: Of what is drawn.
 
     Raises:
@@ -69,7 +70,8 @@ def wordnet_questions(wordnet: WordNet, train: int, test: int, seed: int = 0) ->
 
     Args:
         wordnet: The nouns.
-        train: How many examples to train on; ``test``: to measure on.
+        train: How many examples to train on.
+        test: How many to measure on.
         seed: Of what is drawn.
 
     Raises:
@@ -102,7 +104,8 @@ def wordnet_similarity(wordnet: WordNet, train: int, test: int, seed: int = 0) -
 
     Args:
         wordnet: The nouns.
-        train: How many examples to train on; ``test``: to measure on.
+        train: How many examples to train on.
+        test: How many to measure on.
         seed: Of what is drawn.
 
     Raises:
@@ -111,14 +114,13 @@ def wordnet_similarity(wordnet: WordNet, train: int, test: int, seed: int = 0) -
     def draw(side: _Side, chance: random.Random, number: int) -> Rated | None:
         kind = number % 4
         if kind == 0:
-            first = second = chance.choice(side.used)
-        else:
-            first = side.pick(chance)
-            second = side.pick(chance) if kind == 3 else side.near(first, 1 if kind == 1 else 4, chance)
-            if second is None or second is first:
-                return None
-        text = chance.choice(first.examples) if kind == 0 else second.definition
-        return Rated(first.definition, text, wordnet.similarity(first.id, second.id))
+            used = chance.choice(side.used)
+            return Rated(used.definition, chance.choice(used.examples), 1.0)
+        first = side.pick(chance)
+        second = side.pick(chance) if kind == 3 else side.near(first, 1 if kind == 1 else 4, chance)
+        if second is None or second is first:
+            return None
+        return Rated(first.definition, second.definition, wordnet.similarity(first.id, second.id))
 
     return _task("WordNet similarity (ours)", wordnet, train, test, seed, draw)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modcompile.errors import UsageError
-from modcompile.tasks.example import Example, Labelled, Question, Rated
+from modcompile.tasks.example import Example, Question, Rated
 
 # B examples  S tokens
 IGNORED = -100
@@ -60,58 +60,60 @@ def encode(examples: Sequence[Example], tokenizer: Any, *, batch: int, rows: int
     """
     if not examples:
         raise UsageError("there is nothing to encode", expected="examples", found="none", where="encode")
-    numbers = {label: number for number, label in enumerate(labels)}
-    for example in examples:
-        if isinstance(example, Labelled) and example.label not in numbers:
-            raise UsageError("there is no such class", expected=", ".join(labels), found=example.label, where="encode")
-    each = 2 if isinstance(examples[0], Rated) else 1
-    tokens = _tokenized(examples, tokenizer, rows)
+    made = _questions if isinstance(examples[0], Question) else _rated if isinstance(examples[0], Rated) else _labelled
+    tokens, targets, spans = made(examples, tokenizer, rows, labels)
+    each = len(tokens["input_ids"]) // len(examples)
     lengths = [max(map(len, tokens["input_ids"][each * i:each * (i + 1)])) for i in range(len(examples))]
     order = sorted(range(len(examples)), key=lengths.__getitem__)
-    names = [name for name in tokens if name not in ("offset_mapping", "passage")]
     fill = {"input_ids": tokenizer.pad_token_id or 0}
-    made = []
+    batches = []
     for start in range(0, len(order), batch):
         indices = order[start:start + batch]
         size = min(rows, -(-lengths[indices[-1]] // multiple) * multiple)
         places = [each * i + part for i in indices for part in range(each)]
-        inputs = {name: torch.tensor([_padded(tokens[name][place], size, fill.get(name, 0)) for place in places])
-                  for name in names}
-        spans = [tokens["passage"][i] for i in indices] if "passage" in tokens else []
-        made.append(EncodedBatch(inputs, _target([examples[i] for i in indices], numbers, spans), indices, spans))
-    return made
+        inputs = {name: torch.tensor([_padded(values[place], size, fill.get(name, 0)) for place in places])
+                  for name, values in tokens.items()}
+        target = torch.tensor([targets[i] for i in indices])
+        batches.append(EncodedBatch(inputs, target, indices, [spans[i] for i in indices] if spans else []))
+    return batches
 
 
-def _tokenized(examples: Sequence[Example], tokenizer: Any, rows: int) -> dict[str, list]:
-    texts = [example.text for example in examples]
-    if isinstance(examples[0], Rated):
-        both = [text for example in examples for text in (example.text, example.pair)]
-        return dict(tokenizer(both, truncation=True, max_length=rows))
-    if isinstance(examples[0], Labelled):
-        pairs = [example.pair for example in examples]
-        return dict(tokenizer(texts, *([] if None in pairs else [pairs]), truncation=True, max_length=rows))
+# Of each kind: what the tokenizer makes, a list for each text; the targets; of questions, the spans.
+_Made = tuple[dict[str, list], list[Any], list[Spans]]
+
+
+def _labelled(examples: Sequence[Any], tokenizer: Any, rows: int, labels: Sequence[str]) -> _Made:
+    numbers = {label: number for number, label in enumerate(labels)}
+    unknown = sorted({example.label for example in examples} - numbers.keys())
+    if unknown:
+        raise UsageError("there is no such class", expected=", ".join(labels), found=", ".join(unknown), where="encode")
+    pairs = [example.pair for example in examples]
+    texts = [[example.text for example in examples], *([] if None in pairs else [pairs])]
+    return (dict(tokenizer(*texts, truncation=True, max_length=rows)),
+            [numbers[example.label] for example in examples], [])
+
+
+def _rated(examples: Sequence[Any], tokenizer: Any, rows: int, _: Sequence[str]) -> _Made:
+    texts = [text for example in examples for text in (example.text, example.pair)]
+    return dict(tokenizer(texts, truncation=True, max_length=rows)), [float(example.score) for example in examples], []
+
+
+def _questions(examples: Sequence[Any], tokenizer: Any, rows: int, _: Sequence[str]) -> _Made:
     try:
-        found = tokenizer(texts, [example.passage for example in examples], truncation="only_second", max_length=rows,
-                          return_offsets_mapping=True)
+        found = tokenizer([example.text for example in examples], [example.passage for example in examples],
+                          truncation="only_second", max_length=rows, return_offsets_mapping=True)
     except Exception as error:
         # What the tokenizers library raises has no class of its own.
         raise UsageError("a question leaves no room for its passage", expected=f"questions shorter than {rows} tokens",
                          found=error, where="encode", fix="more rows") from error
-    passage = [[span if part == 1 else None for span, part in zip(spans, found.sequence_ids(i), strict=True)]
-               for i, spans in enumerate(found["offset_mapping"])]
-    return {**found, "passage": passage}
+    spans = [[span if part == 1 else None for span, part in zip(offsets, found.sequence_ids(i), strict=True)]
+             for i, offsets in enumerate(found["offset_mapping"])]
+    tokens = {name: values for name, values in found.items() if name != "offset_mapping"}
+    return tokens, [_place(example, where) for example, where in zip(examples, spans, strict=True)], spans
 
 
 def _padded(values: list[int], size: int, fill: int) -> list[int]:
     return [*values, *[fill] * (size - len(values))]
-
-
-def _target(examples: Sequence[Example], numbers: dict[str, int], spans: list[Spans]) -> Tensor:
-    if isinstance(examples[0], Labelled):
-        return torch.tensor([numbers[example.label] for example in examples])
-    if isinstance(examples[0], Rated):
-        return torch.tensor([example.score for example in examples])
-    return torch.tensor([_place(example, where) for example, where in zip(examples, spans, strict=True)])
 
 
 def _place(question: Question, spans: Spans) -> tuple[int, int]:
@@ -120,9 +122,9 @@ def _place(question: Question, spans: Spans) -> tuple[int, int]:
         return 0, 0
     start = question.answers[0].start
     end = start + len(question.answers[0].text)
-    inside = [token for token, span in enumerate(spans) if span and span[0] < end and span[1] > start]
-    whole = bool(inside) and spans[inside[-1]][1] >= end  # type: ignore[index]
-    return (inside[0], inside[-1]) if whole else (IGNORED, IGNORED)
+    inside = [(token, span[1]) for token, span in enumerate(spans) if span and span[0] < end and span[1] > start]
+    whole = bool(inside) and inside[-1][1] >= end
+    return (inside[0][0], inside[-1][0]) if whole else (IGNORED, IGNORED)
 
 
 def answer_spans(logits: Tensor, batch: EncodedBatch, questions: Sequence[Question], longest: int = 16) -> list[str]:
@@ -144,7 +146,6 @@ def answer_spans(logits: Tensor, batch: EncodedBatch, questions: Sequence[Questi
         pairs = first[:, None] + last[None]  # [S, S]
         allowed = torch.ones_like(pairs, dtype=torch.bool).triu().tril(longest - 1)
         best, place = pairs.masked_fill(~allowed, -torch.inf).flatten().max(0)
-        begin, end = spans[place // len(spans)], spans[place % len(spans)]
-        found = begin is not None and end is not None and best > scores[0].sum()
-        made.append(questions[index].passage[begin[0]:end[1]] if found else "")  # type: ignore[index]
+        begin, end = (spans[token] for token in divmod(int(place), len(spans)))
+        made.append(questions[index].passage[begin[0]:end[1]] if begin and end and best > scores[0].sum() else "")
     return made

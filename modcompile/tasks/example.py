@@ -1,4 +1,4 @@
-"""What a task consists of: texts with a label, pairs of texts with a rating, questions with the spans that answer them."""
+"""What a task consists of: texts with a label, pairs of texts with a rating, questions with spans that answer them."""
 
 __all__ = ["Answer", "Example", "Labelled", "Question", "Rated", "Task"]
 

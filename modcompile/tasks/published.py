@@ -64,7 +64,7 @@ PUBLISHED: dict[str, Columns] = {
 
 
 def read_published(path: str | os.PathLike, name: str, *, skip_damaged: bool = False) -> list[Labelled] | list[Rated]:
-    """The examples of a file.
+    r"""The examples of a file.
 
     Args:
         path: A ``.jsonl`` file of one object a line, or a file of tab-separated values under any other name.
@@ -78,7 +78,7 @@ def read_published(path: str | os.PathLike, name: str, *, skip_damaged: bool = F
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp(), "train.tsv")
-        >>> _ = path.write_text('sentence\\tlabel\\na "fine film\\t1\\n')
+        >>> _ = path.write_text('sentence\tlabel\na "fine film\t1\n')
         >>> read_published(path, "sst-2")
         [Labelled(text='a "fine film', label='positive', pair=None)]
     """

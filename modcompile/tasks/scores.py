@@ -7,7 +7,6 @@ import re
 import string
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 # N examples
@@ -25,6 +24,7 @@ def spearman(predicted: Tensor, expected: Tensor) -> float:
     0 where one of them is constant, and orders nothing.
 
     Example:
+        >>> import torch
         >>> round(spearman(torch.tensor([1.0, 2.0, 3.0, 3.0]), torch.tensor([0.1, 0.2, 0.9, 0.5])), 4)
         0.9487
     """

@@ -16,8 +16,8 @@ def read_squad(path: str | os.PathLike) -> list[Question]:
     """The questions of a file as published; those that are impossible to answer have no answers.
 
     Raises:
-        UsageError: A file that is missing, empty, no text or no JSON, that lacks a field, or whose answers are not where
-            it says.
+        UsageError: A file that is missing, empty, no text or no JSON, that lacks a field, or whose answers are not
+            where it says.
     """
     made = list(_questions(parse_json(read_text(path), path), path))
     if not made:

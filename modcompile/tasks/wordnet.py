@@ -127,7 +127,7 @@ def _read(file: Path) -> Iterator[Synset]:
 
 
 def _synset(line: str, where: str) -> Synset:
-    """offset lex_filenum ss_type w_cnt word lex_id [...] p_cnt [symbol offset pos source/target ...] | gloss."""
+    """Of a line: offset file type count word lex_id ... count symbol offset type source/target ... | gloss."""
     data, bar, gloss = line.partition(" | ")
     try:
         offset, _, kind, count, *rest = data.split()
@@ -138,7 +138,7 @@ def _synset(line: str, where: str) -> Synset:
             raise ValueError("no noun with a gloss")
         id = int(offset)
     except (ValueError, IndexError) as error:
-        raise UsageError("this is no line of WordNet's nouns", expected="offset, words, pointers | gloss, as in wndb(5)",
+        raise UsageError("this is no line of WordNet's nouns", expected="offset, words, pointers | gloss, see wndb(5)",
                          found=f"{line[:80]!r}: {error}", where=where) from error
     definition = _QUOTED.split(gloss, maxsplit=1)[0].strip()
     return Synset(id, tuple(word.replace("_", " ") for word in words), definition, tuple(_QUOTED.findall(gloss)), above)

@@ -26,7 +26,8 @@ def written(folder, text, name="file.tsv"):
         ("snli", f"{SNLI_HEADER}\nentailment\t{TREES}\tA crow sleeps.\tBirds sleep.\t7.jpg#1\t7.jpg#1r1e\tentailment"
                  f"\t\t\t\t\n-\t{TREES}\tA crow sleeps.\tIt is odd.\t7.jpg#1\t7.jpg#1r1n\tneutral\t\t\t\t\n",
          [Labelled("A crow sleeps.", "entailment", "Birds sleep.")]),
-        ("mnli", f"{MNLI_HEADER}\n0\t12\t12n\tfiction\t{TREES}\tHe said \"no.\tHe \"agreed\".\tneutral\tcontradiction\n",
+        ("mnli", f"{MNLI_HEADER}\n0\t12\t12n\tfiction\t{TREES}\tHe said \"no.\tHe \"agreed\".\tneutral\t"
+                 "contradiction\n",
          [Labelled('He said "no.', "contradiction", 'He "agreed".')]),
         ("sst-2", "sentence\tlabel\n\"quoted\" from end to end \t0\nan open \" quote\t1\n",
          [Labelled('"quoted" from end to end ', "negative"), Labelled('an open " quote', "positive")]),

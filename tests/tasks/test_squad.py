@@ -9,7 +9,8 @@ from modcompile.tasks import Answer, Question, read_squad
 
 PASSAGE = "The mill at Orrel was built in 1790. It burned down in 1802."
 BUILT = {"id": "1", "question": "When was it built?", "answers": [
-    {"text": "1790", "answer_start": 31}, {"text": "in 1790", "answer_start": 28}, {"text": "1790", "answer_start": 31}]}
+    {"text": "1790", "answer_start": 31}, {"text": "in 1790", "answer_start": 28},
+    {"text": "1790", "answer_start": 31}]}
 UNKNOWN = {"id": "2", "question": "Who built it?", "is_impossible": True, "answers": [],
            "plausible_answers": [{"text": "Orrel", "answer_start": 12}]}
 
