@@ -62,7 +62,7 @@ from modcompile.tasks import (
     wordnet_questions,
     wordnet_similarity,
 )
-from modcompile.training import logits_loss
+from modcompile.training import load_checkpoint, logits_loss, save_checkpoint
 from modcompile.variants import dense_model, pruned_model
 
 # B batch  S rows  D model dim  C classes
@@ -262,6 +262,17 @@ def train(model: mc.GraphModel, work: Work, steps: int, seed: int, options: argp
     return time.perf_counter() - start
 
 
+def fine_tune(graph: mc.GraphModel, work: Work, seed: int, options: argparse.Namespace) -> float:
+    """The dense model's training, or what a call before kept of it; the seconds that it took this time."""
+    folder = options.checkpoints and options.checkpoints / f"{work.task.name}, seed {seed}"
+    if folder and load_checkpoint(folder, model=graph) == options.dense_steps:
+        return 0.0
+    spent = train(graph, work, options.dense_steps, seed, options)
+    if folder:
+        save_checkpoint(folder, options.dense_steps, model=graph)
+    return spent
+
+
 def compare(work: Work, encoder: nn.Module, seed: int, cells: Cells, options: argparse.Namespace) -> None:
     """Every cell of a task and a seed that is not there yet."""
     names = [f"{kind} {count}" for count in options.dropped for kind in ("pruned", "calibrated", "stochastic")]
@@ -273,7 +284,7 @@ def compare(work: Work, encoder: nn.Module, seed: int, cells: Cells, options: ar
     graph = mc.capture(source, work.calibration[0])
     base = mc.convert(graph, config=mc.MoDConfig(blocks="all", capacity_ratio=0.5))
     flops = count_flops(dense_model(base), work.sizes)
-    spent = train(graph, work, options.dense_steps, seed, options)
+    spent = fine_tune(graph, work, seed, options)
     expected = outputs_of(graph, work.train)
 
     def cell(candidate: mc.GraphModel, **further: Any) -> dict[str, Any]:
@@ -337,12 +348,11 @@ def made_up(count: int, seed: int) -> dict[str, Task]:
 
     # Of two lengths, so that there is padding.
     texts = [text(4 + 5 * (i % 2)) for i in range(2 * count)]
-    labelled = [Labelled(each, "early" if each < "l" else "late") for each in texts]
     pairs = [Labelled(each, "early" if each < "l" else "late", text(4)) for each in texts]
     rated = [Rated(each, other, float(each[0] == other[0])) for each, other in zip(texts, texts[1:] + texts[:1],
                                                                                   strict=True)]
     questions = [question() for _ in texts]
-    kinds = {"labelled": labelled, "pairs": pairs, "rated": rated, "questions": questions}
+    kinds = {"pairs": pairs, "rated": rated, "questions": questions}
     return {name: Task(name, made[:count], made[count:]) for name, made in kinds.items()}
 
 
@@ -355,7 +365,7 @@ def tiny_model(tasks: dict[str, Task]) -> tuple[nn.Module, Any]:
                                            unk_token="[PAD]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
-    config = hf.BertConfig(vocab_size=len(found) + 3, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
+    config = hf.BertConfig(vocab_size=len(found) + 3, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
                            intermediate_size=64, max_position_embeddings=64)
     fast = hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", cls_token="[CLS]",
                                       sep_token="[SEP]")
@@ -433,15 +443,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", type=Path, default=Path("tasks"), help="where the figures go, a JSON file a task")
+    parser.add_argument("--checkpoints", type=Path, metavar="FOLDER", help="where fine-tuned dense models are kept for a "
+                        "second call; without it, it fine-tunes them again")
     parser.add_argument("--tiny", action="store_true", help="a random model, made-up texts, no files needed")
     options = parser.parse_args()
     hf.logging.set_verbosity_error()
     hf.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
         if options.tiny:
-            options.folder, options.seeds, options.batch, options.dropped = Path(scratch), [0, 1], 4, [1]
+            options.folder, options.seeds, options.batch, options.dropped = Path(scratch), [0], 4, [1]
             options.dense_steps, options.steps, options.calibration_batches, options.trial_batches = 8, 4, 2, 1
-            options.attend_to = "all"
+            options.attend_to, options.lr = "all", 1e-2
         options.folder.mkdir(parents=True, exist_ok=True)
         print(table(run(options)))
 
