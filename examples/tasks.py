@@ -443,8 +443,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", type=Path, default=Path("tasks"), help="where the figures go, a JSON file a task")
-    parser.add_argument("--checkpoints", type=Path, metavar="FOLDER", help="where fine-tuned dense models are kept for a "
-                        "second call; without it, it fine-tunes them again")
+    parser.add_argument("--checkpoints", type=Path, metavar="FOLDER", help="where fine-tuned dense models are kept for "
+                        "a second call; without it, it fine-tunes them again")
     parser.add_argument("--tiny", action="store_true", help="a random model, made-up texts, no files needed")
     options = parser.parse_args()
     hf.logging.set_verbosity_error()
