@@ -301,7 +301,7 @@ def compare(work: Work, encoder: nn.Module, seed: int, cells: Cells, options: ar
     shares = [count_flops(model, sizes) / dense for model in pruned.values()]
     started = time.perf_counter()
     results = calibrate_each(graph, work.calibration, shares, attend_to=options.attend_to,
-                             trial_batches=options.trial_batches, seed=seed)  # fmt: skip
+                             trial_batches=options.trial_batches, exchanges=options.exchanges, seed=seed)  # fmt: skip
     # Every one begins with the dense model's own tensors.
     for (count, model), result in zip(pruned.items(), results, strict=True):
         took = time.perf_counter() - started
@@ -407,7 +407,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "model": "tiny" if options.tiny else "all-MiniLM-L6-v2", "task": work.task.name, **work.setting,
             **{key: getattr(options, key) for key in ("batch", "rows", "dense_steps", "steps", "lr", "router_lr",
                                                       "distill", "attend_to", "calibration_batches",
-                                                      "trial_batches", "dropped")},
+                                                      "trial_batches", "exchanges", "dropped")},
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"})  # fmt: skip
         for seed in options.seeds:
@@ -437,9 +437,10 @@ def main() -> None:
                         "is the task's")
     parser.add_argument("--dropped", type=int, nargs="+", default=[1, 2, 3], help="blocks of the pruned models, whose "
                         "FLOPs are the budgets")
-    parser.add_argument("--attend-to", choices=["auto", "all", "chosen"], default="auto")
+    parser.add_argument("--attend-to", choices=["auto", "all", "chosen"], default="all")
     parser.add_argument("--calibration-batches", type=int, default=16)
     parser.add_argument("--trial-batches", type=int, default=4)
+    parser.add_argument("--exchanges", type=int, default=1, help="how often rows go from block to block at each stage")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", type=Path, default=Path("tasks"), help="where the figures go, a JSON file a task")
@@ -453,7 +454,7 @@ def main() -> None:
         if options.tiny:
             options.folder, options.seeds, options.batch, options.dropped = Path(scratch), [0], 4, [1]
             options.dense_steps, options.steps, options.calibration_batches, options.trial_batches = 8, 4, 2, 1
-            options.attend_to, options.lr = "all", 1e-2
+            options.lr = 1e-2
         options.folder.mkdir(parents=True, exist_ok=True)
         print(table(run(options)))
 
