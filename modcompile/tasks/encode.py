@@ -139,13 +139,16 @@ def answer_spans(logits: Tensor, batch: EncodedBatch, questions: Sequence[Questi
     Returns:
         A text for each question of the batch; "" where no answer, the first token of all, is better than the best.
     """
+    scores = logits.float()
+    inside = torch.tensor([[i < len(spans) and spans[i] is not None for i in range(scores.shape[1])]
+                           for spans in batch.spans], device=scores.device)  # [B, S]
+    first, last = scores.masked_fill(~inside[:, :, None], -torch.inf).unbind(-1)  # [B, S] each
+    pairs = first[:, :, None] + last[:, None]  # [B, S, S], first token and last
+    allowed = torch.ones_like(pairs, dtype=torch.bool).triu().tril(longest - 1)
+    best, places = pairs.masked_fill(~allowed, -torch.inf).flatten(1).max(1)
+    found = (best > scores[:, 0].sum(-1)).tolist()
     made = []
-    for scores, spans, index in zip(logits.float().cpu(), batch.spans, batch.indices, strict=True):
-        inside = torch.tensor([span is not None for span in spans])
-        first, last = scores[:len(spans)].masked_fill(~inside[:, None], -torch.inf).unbind(-1)  # [S] each
-        pairs = first[:, None] + last[None]  # [S, S]
-        allowed = torch.ones_like(pairs, dtype=torch.bool).triu().tril(longest - 1)
-        best, place = pairs.masked_fill(~allowed, -torch.inf).flatten().max(0)
-        begin, end = (spans[token] for token in divmod(int(place), len(spans)))
-        made.append(questions[index].passage[begin[0]:end[1]] if begin and end and best > scores[0].sum() else "")
+    for row, (spans, index, place) in enumerate(zip(batch.spans, batch.indices, places.tolist(), strict=True)):
+        begin, end = (spans[token] if found[row] else None for token in divmod(place, scores.shape[1]))
+        made.append(questions[index].passage[begin[0]:end[1]] if begin and end else "")
     return made
