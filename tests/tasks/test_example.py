@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from modcompile.errors import UsageError
+
 pytest.importorskip("transformers")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -66,6 +68,16 @@ def test_a_pair_is_two_neighbours(tasks):
     assert tasks.Embedder.cosines(vectors).tolist() == [0]
     assert tasks.Embedder.loss(vectors, batch_of(tasks, torch.tensor([0.5]))) == 0.25
     assert tasks.Embedder.distance(vectors, vectors, batch_of(tasks, torch.tensor([0.5]))).abs() < 1e-6
+
+
+def test_files_of_ones_own(tasks, tmp_path):
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.tsv").write_text(f"sentence\tlabel\na {name} sentence\t1\n")
+    task = tasks.own_task(f"sst-2={tmp_path}/train.tsv,{tmp_path}/dev.tsv")
+    assert (task.name, task.train[0].text, task.test[0].text) == ("sst-2", "a train sentence", "a dev sentence")
+    for text in ("sst-2=train.tsv", "sst2=train.tsv,dev.tsv"):
+        with pytest.raises(UsageError, match=r"this names no task|there is no such task"):
+            tasks.own_task(text)
 
 
 def test_the_table_has_means_and_spreads(tasks):
