@@ -1,6 +1,6 @@
 """A text and its tokenizer, from files: what is measured on a text begins here."""
 
-__all__ = ["read_text", "tokenizer_of"]
+__all__ = ["decode_text", "read_text", "tokenizer_of"]
 
 import os
 from pathlib import Path
@@ -19,16 +19,25 @@ def read_text(path: str | os.PathLike) -> str:
         data = Path(path).read_bytes()
     except OSError as error:
         raise UsageError("the text cannot be read", expected="a file", found=error.strerror, where=path) from error
+    return decode_text(data, path)
+
+
+def decode_text(data: bytes, where: object) -> str:
+    """The text of a file's content.
+
+    Raises:
+        UsageError: It is empty, or no text; ``where`` says what of.
+    """
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError("the file is no text", expected="UTF-8", found=f"byte {data[error.start]:#04x} at "
-                         f"{error.start}", where=path, fix="convert it: iconv -t utf-8") from error
+                         f"{error.start}", where=where, fix="convert it: iconv -t utf-8") from error
     if "\0" in text:
-        raise UsageError("the file is no text", expected="text without NUL", where=path,
+        raise UsageError("the file is no text", expected="text without NUL", where=where,
                          found=f"NUL at character {text.index(chr(0))}")
     if not text.strip():
-        raise UsageError("the text is empty", expected="some thousand words", found=f"{len(data)} bytes", where=path)
+        raise UsageError("the text is empty", expected="some thousand words", found=f"{len(data)} bytes", where=where)
     return text
 
 
