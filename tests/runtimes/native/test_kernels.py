@@ -408,7 +408,8 @@ MAY_BE_NULL = {"valid", "workspace", "bias"}
 
 
 @pytest.mark.parametrize("name", ["modcompile_route", "modcompile_route_rows", "modcompile_sum_norm_route_rows",
-                                  "modcompile_gather_rows", "modcompile_gather_norm_rows", "modcompile_merge_rows", "modcompile_merge_row_pairs"])
+                                  "modcompile_gather_rows", "modcompile_gather_norm_rows", "modcompile_merge_rows",
+                                  "modcompile_merge_row_pairs"])
 def test_arguments_that_cannot_be_are_refused(kernels, name):
     right = arguments_of(kernels)[name]
 
