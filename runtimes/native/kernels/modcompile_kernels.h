@@ -10,8 +10,8 @@
 // The references are modcompile/ops/*.py, and these kernels agree with them bit for bit (the payload of a NaN that a
 // merge computes is the hardware's).
 //
-// Three more do two of them, or one and what stands beside it, in one launch: modcompile_route_rows,
-// modcompile_gather_norm_rows and modcompile_merge_row_pairs.
+// Four more do two of them, or one and what stands beside it, in one launch: modcompile_route_rows,
+// modcompile_sum_norm_route_rows, modcompile_gather_norm_rows and modcompile_merge_row_pairs.
 //
 // Every function only launches: no allocation, no synchronisation, static grid. All can be captured into a CUDA graph.
 // Pointers are device pointers on the current device, aligned to their element (a row of bytes may begin anywhere);
@@ -80,6 +80,26 @@ MODCOMPILE_API int modcompile_route_rows(const void* x, int dtype, const float* 
                                          const uint8_t* valid, float* logits, void* positions, int index_bytes,
                                          uint8_t* filled, int64_t batch, int64_t rows, int64_t width, int64_t capacity,
                                          void* workspace, cudaStream_t stream);
+
+// What stands between a dense block and a routed one, in one launch: the residual stream's next value, its norm for the
+// block after the routed one, and the routed one's router and route.
+//
+//   summed = residual + product + product_bias, in float32, rounded once
+//   normed = its layer norm or RMS norm, as for modcompile_gather_norm_rows
+//   logits = summed . weight + bias, and so on as for modcompile_route_rows
+//
+//   residual, product            [B, S, D] of dtype
+//   product_bias                 [D] of dtype, or null
+//   norm_weight, norm_bias       [D] of dtype; the bias may be null
+//   summed, normed               [B, S, D] of dtype, out
+//   everything else              as for the other two; the workspace is that of modcompile_route_rows
+MODCOMPILE_API int modcompile_sum_norm_route_rows(const void* residual, const void* product, const void* product_bias,
+                                                  int dtype, const void* norm_weight, const void* norm_bias,
+                                                  float epsilon, int centered, const float* weight, const float* bias,
+                                                  const uint8_t* valid, void* summed, void* normed, float* logits,
+                                                  void* positions, int index_bytes, uint8_t* filled, int64_t batch,
+                                                  int64_t rows, int64_t width, int64_t capacity, void* workspace,
+                                                  cudaStream_t stream);
 
 // Packs the rows of x at positions. Rows are bytes, so any dtype and any trailing dims will do.
 //

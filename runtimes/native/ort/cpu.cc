@@ -77,25 +77,46 @@ void each_slot(const int64_t* positions, int64_t batch, int64_t rows, int64_t ca
   }
 }
 
+// A layer norm or an RMS norm of one row.
+template <typename T>
+void norm_row(const T* from, const T* weight, const T* bias, bool centered, float epsilon, int64_t size, T* normed) {
+  const auto width = static_cast<double>(size);
+  double mean = 0, squares = 0;
+  for (int64_t i = 0; centered && i < size; ++i) mean += widened(from[i]) / width;
+  for (int64_t i = 0; i < size; ++i) squares += (widened(from[i]) - mean) * (widened(from[i]) - mean);
+  const double scale = 1 / std::sqrt(squares / width + epsilon);
+  for (int64_t i = 0; i < size; ++i) {
+    const double scaled = (widened(from[i]) - mean) * scale * widened(weight[i]);
+    normed[i] = T(static_cast<float>(scaled + (bias == nullptr ? 0 : widened(bias[i]))));
+  }
+}
+
 template <typename T>
 void gather_norm(const GatherNormRows& op) {
   const auto* x = static_cast<const T*>(op.x);
-  const auto* weight = static_cast<const T*>(op.weight);
-  const auto* bias = static_cast<const T*>(op.bias);
-  const auto width = static_cast<double>(op.width);
   each_slot(op.positions, op.batch, op.rows, op.capacity, [&](int64_t slot, int64_t row) {
     const T* from = x + row * op.width;
-    T* normed = static_cast<T*>(op.normed) + slot * op.width;
     std::copy(from, from + op.width, static_cast<T*>(op.out) + slot * op.width);
-    double mean = 0, squares = 0;
-    for (int64_t i = 0; op.centered && i < op.width; ++i) mean += widened(from[i]) / width;
-    for (int64_t i = 0; i < op.width; ++i) squares += (widened(from[i]) - mean) * (widened(from[i]) - mean);
-    const double scale = 1 / std::sqrt(squares / width + op.epsilon);
-    for (int64_t i = 0; i < op.width; ++i) {
-      const double scaled = (widened(from[i]) - mean) * scale * widened(weight[i]);
-      normed[i] = T(static_cast<float>(scaled + (bias == nullptr ? 0 : widened(bias[i]))));
-    }
+    norm_row(from, static_cast<const T*>(op.weight), static_cast<const T*>(op.bias), op.centered, op.epsilon, op.width,
+             static_cast<T*>(op.normed) + slot * op.width);
   });
+}
+
+template <typename T>
+void sum_norm(const SumNormRouteRows& op) {
+  const int64_t width = op.route.width;
+  const auto* bias = static_cast<const T*>(op.product_bias);
+  for (int64_t row = 0; row < op.route.route.batch * op.route.route.rows; ++row) {
+    const T* residual = static_cast<const T*>(op.residual) + row * width;
+    const T* product = static_cast<const T*>(op.product) + row * width;
+    T* summed = static_cast<T*>(op.summed) + row * width;
+    for (int64_t i = 0; i < width; ++i) {
+      const float added = widened(product[i]) + (bias == nullptr ? 0.0f : widened(bias[i]));
+      summed[i] = T(widened(residual[i]) + added);
+    }
+    norm_row(summed, static_cast<const T*>(op.norm_weight), static_cast<const T*>(op.norm_bias), op.centered,
+             op.epsilon, width, static_cast<T*>(op.normed) + row * width);
+  }
 }
 
 // x + gate * (y - x), each step rounded to T, as the reference rounds.
@@ -141,6 +162,17 @@ void Cpu::run(const RouteRows& op, Kept&) const {
     score<float>(op);
   }
   run(op.route);
+}
+
+void Cpu::run(const SumNormRouteRows& op, Kept& kept) const {
+  if (op.route.element == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16) {
+    sum_norm<Ort::Float16_t>(op);
+  } else if (op.route.element == ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16) {
+    sum_norm<Ort::BFloat16_t>(op);
+  } else {
+    sum_norm<float>(op);
+  }
+  run(op.route, kept);
 }
 
 void Cpu::run(const GatherRows& op) const {

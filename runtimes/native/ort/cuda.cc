@@ -61,6 +61,19 @@ void Cuda::run(const RouteRows& op, Kept& kept) const {
         "RouteRows");
 }
 
+void Cuda::run(const SumNormRouteRows& op, Kept& kept) const {
+  const RouteRows& router = op.route;
+  const Route& route = router.route;
+  void* workspace = kept.zeros(stream_, modcompile_route_rows_workspace(route.batch, route.rows));
+  check(modcompile_sum_norm_route_rows(op.residual, op.product, op.product_bias, element_of(router.element),
+                                       op.norm_weight, op.norm_bias, op.epsilon, op.centered, router.weight,
+                                       router.bias, reinterpret_cast<const uint8_t*>(route.valid), op.summed, op.normed,
+                                       router.logits, route.positions, kInt64,
+                                       reinterpret_cast<uint8_t*>(route.filled), route.batch, route.rows, router.width,
+                                       route.capacity, workspace, static_cast<cudaStream_t>(stream_)),
+        "SumNormRouteRows");
+}
+
 void Cuda::run(const GatherRows& op) const {
   check(modcompile_gather_rows(op.x, op.positions, kInt64, op.out, op.batch, op.rows, op.capacity, op.row_bytes,
                                static_cast<cudaStream_t>(stream_)),

@@ -202,6 +202,77 @@ using PlainRouteRowsKernel = RouteRowsKernel<On, false>;
 template <typename On>
 using MaskedRouteRowsKernel = RouteRowsKernel<On, true>;
 
+// A layer norm takes a bias, and one for the product; an RMS norm takes neither.
+template <typename On, bool kCentered, bool kMasked>
+class SkipNormRouteRowsKernel {
+ public:
+  using Device = On;
+  static constexpr const char* kName = kCentered ? (kMasked ? "MaskedSkipLayerNormRouteRows" : "SkipLayerNormRouteRows")
+                                                 : (kMasked ? "MaskedSkipRmsNormRouteRows" : "SkipRmsNormRouteRows");
+  static constexpr size_t kNormWeight = 2, kNormBias = 3, kProductBias = 4;
+  static constexpr size_t kWeight = kCentered ? 5 : 3, kBias = kWeight + 1, kMask = kBias + 1;
+  static constexpr int kHostInput = static_cast<int>(kMask) + (kMasked ? 1 : 0);  // the capacity
+  static constexpr std::array<int, 0> kInPlaceOf = {};
+
+  static std::vector<ONNXTensorElementDataType> inputs() {
+    std::vector types = {kElement, kElement, kElement};
+    if (kCentered) types.insert(types.end(), {kElement, kElement});
+    types.insert(types.end(), {kFloat, kFloat});
+    if (kMasked) types.push_back(kBool);
+    types.push_back(kInt64);
+    return types;
+  }
+  static std::vector<ONNXTensorElementDataType> outputs() { return {kElement, kElement, kFloat, kInt64, kBool}; }
+
+  SkipNormRouteRowsKernel(const OrtKernelInfo* info, ONNXTensorElementDataType element)
+      : epsilon_(Ort::ConstKernelInfo(info).GetAttribute<float>("epsilon")),
+        capacity_(info, kHostInput),
+        element_(element) {}
+
+  void compute(const Ort::KernelContext& context) const {
+    const Input product(context.GetInput(0)), residual(context.GetInput(1)), norm_weight(context.GetInput(kNormWeight));
+    const Input weight(context.GetInput(kWeight)), bias(context.GetInput(kBias));
+    require(product.shape.size() == 3 && product.shape[2] > 0, "product [B, S, D]", product.shape);
+    require(residual.shape == product.shape, "residual " + text_of(product.shape), residual.shape);
+    const int64_t batch = product.shape[0], rows = product.shape[1], width = product.shape[2];
+    require(norm_weight.shape == Shape{width}, "norm_weight " + text_of({width}), norm_weight.shape);
+    require(weight.shape == Shape{width, 1}, "weight " + text_of({width, 1}), weight.shape);
+    require(bias.shape == Shape{1}, "bias [1]", bias.shape);
+    const void *norm_bias = nullptr, *product_bias = nullptr;
+    if constexpr (kCentered) {
+      const Input of_norm(context.GetInput(kNormBias)), of_product(context.GetInput(kProductBias));
+      require(of_norm.shape == Shape{width}, "norm_bias " + text_of({width}), of_norm.shape);
+      require(of_product.shape == Shape{width}, "product_bias " + text_of({width}), of_product.shape);
+      norm_bias = of_norm.data;
+      product_bias = of_product.data;
+    }
+    void* normed = output(context, 0, product.shape);
+    void* summed = output(context, 1, product.shape);
+    auto* logits = static_cast<float*>(output(context, 2, {batch, rows}));
+    const Route route = route_of<kMasked>(context, capacity_, logits, batch, rows, kMask, 3);
+    if (batch == 0) return;
+    const RouteRows router = {summed, weight.as<float>(), bias.as<float>(), logits, element_, width, route};
+    Device(context).run(SumNormRouteRows{residual.data, product.data, product_bias, norm_weight.data, norm_bias,
+                                         epsilon_, kCentered, summed, normed, router},
+                        kept_);
+  }
+
+ private:
+  float epsilon_;
+  Capacity capacity_;
+  mutable typename Device::Kept kept_;  // guards itself
+  ONNXTensorElementDataType element_;
+};
+
+template <typename On>
+using SkipLayerNormRouteRowsKernel = SkipNormRouteRowsKernel<On, true, false>;
+template <typename On>
+using MaskedSkipLayerNormRouteRowsKernel = SkipNormRouteRowsKernel<On, true, true>;
+template <typename On>
+using SkipRmsNormRouteRowsKernel = SkipNormRouteRowsKernel<On, false, false>;
+template <typename On>
+using MaskedSkipRmsNormRouteRowsKernel = SkipNormRouteRowsKernel<On, false, true>;
+
 template <typename On>
 class GatherRowsKernel {
  public:
@@ -453,6 +524,10 @@ class Library {
     for (const auto type : kRoutedTypes) {
       add<PlainRouteRowsKernel<Device>>(type);
       add<MaskedRouteRowsKernel<Device>>(type);
+      add<SkipLayerNormRouteRowsKernel<Device>>(type);
+      add<MaskedSkipLayerNormRouteRowsKernel<Device>>(type);
+      add<SkipRmsNormRouteRowsKernel<Device>>(type);
+      add<MaskedSkipRmsNormRouteRowsKernel<Device>>(type);
       add<GatherLayerNormKernel<Device>>(type);
       add<GatherRmsNormKernel<Device>>(type);
     }

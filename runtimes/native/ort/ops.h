@@ -38,6 +38,20 @@ struct RouteRows {
   Route route;  // of these logits
 };
 
+// The sum before a routed block, its norm, and the block's router and route.
+struct SumNormRouteRows {
+  const void* residual;      // [B, S, D]
+  const void* product;       // [B, S, D]
+  const void* product_bias;  // [D], or null
+  const void* norm_weight;   // [D]
+  const void* norm_bias;     // [D], or null
+  float epsilon;
+  bool centered;  // a layer norm; otherwise an RMS norm
+  void* summed;   // [B, S, D]
+  void* normed;   // [B, S, D]
+  RouteRows route;  // of the sum
+};
+
 struct GatherRows {
   const void* x;             // [B, S, row_bytes]
   const int64_t* positions;  // [B, K]
@@ -93,6 +107,7 @@ class Cpu {
 
   void run(const Route& op) const;
   void run(const RouteRows& op, Kept&) const;
+  void run(const SumNormRouteRows& op, Kept&) const;
   void run(const GatherRows& op) const;
   void run(const GatherNormRows& op) const;
   void run(const MergeRows& op) const;
@@ -128,6 +143,7 @@ class Cuda {
 
   void run(const Route& op) const;
   void run(const RouteRows& op, Kept& kept) const;
+  void run(const SumNormRouteRows& op, Kept& kept) const;
   void run(const GatherRows& op) const;
   void run(const GatherNormRows& op) const;
   void run(const MergeRows& op) const;

@@ -119,6 +119,18 @@ void check(size_t batch, size_t rows, size_t capacity, size_t width) {
     check_routed(own_logits.values(), valid, positions, filled, batch, rows, capacity);
   }
 
+  // The sum of x and x, whose logits are those of a router of twice the weight.
+  const OnDevice<float> summed_there(batch * rows * width), all_normed_there(batch * rows * width);
+  for (int launch = 0; launch < 2; ++launch) {
+    CHECK(modcompile_sum_norm_route_rows(x_there.get(), x_there.get(), nullptr, MODCOMPILE_FLOAT32, weight_there.get(),
+                                         nullptr, 1e-5f, 1, weight_there.get(), bias_there.get(), valid_there.get(),
+                                         summed_there.get(), all_normed_there.get(), own_logits.get(), positions.get(),
+                                         8, filled.get(), b, s, d, k, workspace.get(), nullptr) == cudaSuccess);
+    check_routed(own_logits.values(), valid, positions, filled, batch, rows, capacity);
+  }
+  const auto summed = summed_there.values();
+  for (size_t i = 0; i < summed.size(); ++i) CHECK(summed[i] == 2 * x[i]);
+
   const OnDevice<float> rows_there(batch * capacity * width), merged_there(batch * rows * width);
   CHECK(modcompile_gather_rows(x_there.get(), positions.get(), 8, rows_there.get(), b, s, k, d * 4, nullptr) ==
         cudaSuccess);
@@ -158,6 +170,8 @@ int main() {
   check(1, 1, 1, 1);
   check(3, 33, 5, 7);
   check(2, 1000, 125, 24);
+  check(2, 70, 9, 1024);
+  check(1, 70, 9, 2048);
   check(2, 2048, 2048, 8);
   check(2, 5000, 4999, 4);
   check(1, 12000, 1500, 3);

@@ -14,6 +14,7 @@ from modcompile.runtimes.ort.fuse.gather import fuse_gathers
 from modcompile.runtimes.ort.fuse.gelu import fuse_gelu
 from modcompile.runtimes.ort.fuse.norm import fuse_lone_norms, fuse_norms
 from modcompile.runtimes.ort.fuse.router import fuse_routers
+from modcompile.runtimes.ort.fuse.sum import fuse_sums
 from onnx_ir.passes import common
 
 
@@ -29,6 +30,7 @@ def fuse_for_cuda(model: ir.Model, *, custom_ops: bool = False) -> ir.Model:
     if custom_ops:
         fuse_gathers(model)
         fuse_routers(model)
+        fuse_sums(model)
     fuse_lone_norms(model)
     fuse_gelu(model)
     # New nodes stand where the last of the old ones stood, which may be behind a user of another output.

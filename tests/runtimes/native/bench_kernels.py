@@ -99,6 +99,30 @@ def route_rows_variants(kernels, batch, rows, width, capacity, dtype):
     yield Variant(what, "torch linear, then CUDA route", apart, buffers, moved)
 
 
+def border_variants(kernels, batch, rows, width, capacity, dtype):
+    def buffers():
+        residual, product = (torch.randn(batch, rows, width, device="cuda").to(dtype) for _ in range(2))
+        product_bias, norm_weight, norm_bias = (torch.randn(width, device="cuda").to(dtype) for _ in range(3))
+        weight, bias = torch.randn(width, device="cuda"), torch.ones(1, device="cuda")
+        positions = torch.empty(batch, capacity, dtype=torch.int64, device="cuda")
+        filled = torch.empty(batch, capacity, dtype=torch.bool, device="cuda")
+        logits = torch.empty(batch, rows, device="cuda")
+        return (residual, product, product_bias, norm_weight, norm_bias, 1e-5, True, weight, bias, None,
+                torch.empty_like(residual), torch.empty_like(residual), logits, positions, filled,
+                kernels.workspace(batch, rows))
+
+    def apart(residual, product, product_bias, norm_weight, norm_bias, epsilon, _, weight, bias, valid, summed, normed,
+              logits, positions, filled, workspace):
+        torch.add(residual, product + product_bias, out=summed)
+        normed.copy_(torch.nn.functional.layer_norm(summed, [width], norm_weight, norm_bias, epsilon))
+        kernels.route_rows(summed, weight, bias, valid, logits, positions, filled, workspace)
+
+    what = f"sum_norm_route_rows, {batch} x {rows} x {width} {dtype} to {capacity}"
+    moved = 4 * batch * rows * width * dtype.itemsize
+    yield Variant(what, "CUDA", kernels.sum_norm_route_rows, buffers, moved)
+    yield Variant(what, "torch, then CUDA route_rows", apart, buffers, moved)
+
+
 def row_variants(kernels, batch, rows, width, capacities, dtype):
     row_bytes = width * dtype.itemsize
 
@@ -147,6 +171,7 @@ def groups(kernels):
     yield list(route_rows_variants(kernels, 8, 1024, 1024, 128, torch.float16))
     yield list(route_rows_variants(kernels, 1, 1024, 1024, 128, torch.float16))
     yield list(route_rows_variants(kernels, 8, 8192, 1024, 1024, torch.bfloat16))
+    yield list(border_variants(kernels, 8, 1024, 1024, 128, torch.float16))
     yield list(row_variants(kernels, 8, 2048, 2048, (256, 1024), torch.bfloat16))
     yield list(row_variants(kernels, 8, 1024, 1024, (128,), torch.float16))
 

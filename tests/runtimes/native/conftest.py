@@ -32,6 +32,9 @@ _SIGNATURES = {
     "modcompile_route_rows_workspace": (ctypes.c_size_t, [_SIZE] * 2),
     "modcompile_route_rows": (
         _INT, [_POINTER, _INT] + [_POINTER] * 5 + [_INT, _POINTER] + [_SIZE] * 4 + [_POINTER] * 2),
+    "modcompile_sum_norm_route_rows": (
+        _INT, [_POINTER] * 3 + [_INT] + [_POINTER] * 2 + [ctypes.c_float, _INT] + [_POINTER] * 7 + [_INT, _POINTER]
+        + [_SIZE] * 4 + [_POINTER] * 2),
     "modcompile_gather_rows": (_INT, [_POINTER] * 2 + [_INT, _POINTER] + [_SIZE] * 4 + [_POINTER]),
     "modcompile_gather_norm_rows": (
         _INT, [_POINTER, _INT, _POINTER, _INT] + [_POINTER] * 2 + [ctypes.c_float, _INT] + [_POINTER] * 2 + [_SIZE] * 4
@@ -78,6 +81,13 @@ class Kernels:
     def route_rows(self, x, weight, bias, valid, logits, positions, filled, workspace):
         batch, rows, width = x.shape
         self._call("modcompile_route_rows", x, DTYPES[x.dtype], weight, bias, valid, logits, positions,
+                   positions.itemsize, filled, batch, rows, width, positions.shape[1], workspace)
+
+    def sum_norm_route_rows(self, residual, product, product_bias, norm_weight, norm_bias, epsilon, centered, weight,
+                            bias, valid, summed, normed, logits, positions, filled, workspace):
+        batch, rows, width = residual.shape
+        self._call("modcompile_sum_norm_route_rows", residual, product, product_bias, DTYPES[residual.dtype],
+                   norm_weight, norm_bias, epsilon, centered, weight, bias, valid, summed, normed, logits, positions,
                    positions.itemsize, filled, batch, rows, width, positions.shape[1], workspace)
 
     def gather_rows(self, x, positions, out):

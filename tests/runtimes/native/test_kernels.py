@@ -163,6 +163,64 @@ def test_route_rows_of_a_new_router_and_of_nan(kernels, seed):
     assert_routed(found, logits, None, 100, "NaN")
 
 
+def assert_normed(normed, exact, weight, bias, centered, dtype):
+    """A norm of numbers as large as 100: the rounding of the result, and float32's of the mean."""
+    expected = torch.nn.functional.layer_norm(exact, weight.shape, weight.double(), bias.double(), 1e-5) if centered \
+        else torch.nn.functional.rms_norm(exact, weight.shape, weight.double(), 1e-5)
+    off = torch.finfo(dtype).eps * expected.abs() + 1e-4 * weight.abs() + torch.finfo(dtype).tiny
+    assert ((normed.double() - expected).abs() <= off).all()
+
+
+@pytest.mark.parametrize("centered", [True, False], ids=["layer norm", "RMS norm"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("batch", "rows", "width", "capacity", "offset"),
+    [(1, 1, 1, 1, 0), (3, 33, 7, 5, 0), (2, 63, 64, 63, 0), (2, 63, 64, 8, 1), (2, 20, 1024, 3, 0), (1, 9, 2048, 9, 0),
+     (1, 9, 2056, 1, 0), (1, 2500, 8, 313, 0)])
+def test_sum_norm_route_rows(kernels, seed, dtype, batch, rows, width, capacity, offset, centered):
+    device, workspace = kernels.device, kernels.workspace(batch, rows)
+    residual = (torch.randn(batch, rows, width) + 30 * torch.randn(batch, rows, 1)).to(dtype)
+    product, norm_weight = torch.randn(batch, rows, width).to(dtype), torch.randn(width).to(dtype)
+    product_bias, norm_bias = (torch.randn(width).to(dtype) if centered else None for _ in range(2))
+    weight, bias = torch.randn(width), torch.randn(1)
+    exact = residual.double() + product.double() + (0 if product_bias is None else product_bias.double())
+    for valid, index_dtype in zip((None, torch.rand(batch, rows) < 0.7), INDEX_DTYPES, strict=True):
+        summed, normed = (Guarded((batch, rows, width), dtype, device, offset * dtype.itemsize) for _ in range(2))
+        logits = Guarded((batch, rows), torch.float32, device)
+        positions, filled = (Guarded((batch, capacity), kind, device) for kind in (index_dtype, torch.bool))
+        kernels.sum_norm_route_rows(
+            put(residual, device, offset * dtype.itemsize), put(product, device), put(product_bias, device),
+            put(norm_weight, device), put(norm_bias, device), 1e-5, centered, put(weight, device), put(bias, device),
+            put(valid, device), summed.tensor, normed.tensor, logits.tensor, positions.tensor, filled.tensor, workspace)
+        found = summed.result()
+        # In float32, rounded once: the second of its two sums may be off by that much before.
+        off = torch.finfo(dtype).eps * exact.abs() + 4 * torch.finfo(torch.float32).eps * residual.abs() + 1e-6
+        assert ((found.double() - exact).abs() <= off).all()
+        assert_normed(normed.result(), found.double(), norm_weight, norm_bias, centered, dtype)
+        # As the kernel for the router and the route gives them, of the sum that was written.
+        expected = run_route_rows(kernels, found, weight, bias, valid, capacity, index_dtype, workspace,
+                                  (offset, 0))
+        for mine, other in zip((logits.result(), positions.result().long(), bits(filled.result())), expected,
+                               strict=True):
+            assert torch.equal(mine, other)
+        assert not workspace.any(), "the workspace is not ready for the next launch"
+
+
+def test_sum_norm_route_rows_of_nan(kernels, seed):
+    device, workspace = kernels.device, kernels.workspace(2, 100)
+    residual, product = torch.randn(2, 100, 24), torch.randn(2, 100, 24)
+    residual[:, 5] = torch.nan
+    made = [torch.empty(2, 100, 24, device=device) for _ in range(2)]
+    logits, positions = torch.empty(2, 100, device=device), torch.empty(2, 99, dtype=torch.int64, device=device)
+    kernels.sum_norm_route_rows(
+        *(put(value, device) for value in (residual, product, None, torch.ones(24), torch.zeros(24))), 1e-5, True,
+        put(torch.randn(24), device), put(torch.ones(1), device), None, *made, logits, positions,
+        torch.empty(2, 99, dtype=torch.bool, device=device), workspace)
+    for value in (made[0][..., 0], made[1][..., 0], logits):
+        assert value.cpu().isnan().nonzero().tolist() == [[0, 5], [1, 5]]
+    assert (positions.cpu() != 5).all()
+
+
 @pytest.mark.parametrize("index_dtype", INDEX_DTYPES, ids=str)
 @pytest.mark.parametrize("row_bytes", [1, 2, 3, 4, 6, 8, 12, 16, 34, 48, 1000, 4096, 16400])
 def test_gather_rows(kernels, seed, row_bytes, index_dtype):
@@ -204,12 +262,7 @@ def test_gather_norm_rows(kernels, seed, rows, capacity, width, offset, dtype, c
                                  put(bias, device), 1e-5, centered, out.tensor, normed.tensor)
         gathered = gather_rows(x, positions)
         assert torch.equal(bits(out.result()), bits(gathered))
-        exact = gathered.double()
-        expected = torch.nn.functional.layer_norm(exact, [width], weight.double(), bias.double(), 1e-5) if centered \
-            else torch.nn.functional.rms_norm(exact, [width], weight.double(), 1e-5)
-        # The rounding of the result, and float32's of the mean of numbers as large as 100.
-        off = torch.finfo(dtype).eps * expected.abs() + 1e-4 * weight.abs() + torch.finfo(dtype).tiny
-        assert ((normed.result().double() - expected).abs() <= off).all()
+        assert_normed(normed.result(), gathered.double(), weight, bias, centered, dtype)
 
 
 def test_gather_norm_rows_of_positions_that_are_none(kernels, seed):
@@ -328,6 +381,11 @@ def arguments_of(kernels):
             "x": x, "dtype": 0, "weight": weight, "bias": bias, "valid": None, "logits": logits,
             "positions": positions, "index_bytes": 8, "filled": filled, "batch": 2, "rows": 9, "width": 4,
             "capacity": 3, "workspace": workspace},
+        "modcompile_sum_norm_route_rows": {
+            "residual": x, "product": x, "product_bias": None, "dtype": 0, "norm_weight": weight, "norm_bias": None,
+            "epsilon": ctypes.c_float(1e-5), "centered": 0, "weight": weight, "router_bias": bias, "valid": None,
+            "summed": x.clone(), "normed": x.clone(), "logits": logits, "positions": positions, "index_bytes": 8,
+            "filled": filled, "batch": 2, "rows": 9, "width": 4, "capacity": 3, "needed_workspace": workspace},
         "modcompile_gather_rows": {
             "x": x, "positions": positions, "index_bytes": 8, "out": y, "batch": 2, "rows": 9, "capacity": 3,
             "row_bytes": 16},
@@ -349,8 +407,9 @@ WRONG = {"index_bytes": [2, 0], "dtype": [3, -1], "batch": [-1], "rows": [2, -9]
 MAY_BE_NULL = {"valid", "workspace", "bias"}
 
 
-@pytest.mark.parametrize("name", ["modcompile_route", "modcompile_route_rows", "modcompile_gather_rows",
-                                  "modcompile_gather_norm_rows", "modcompile_merge_rows", "modcompile_merge_row_pairs"])
+@pytest.mark.parametrize("name", ["modcompile_route", "modcompile_route_rows", "modcompile_sum_norm_route_rows",
+                                  "modcompile_gather_rows", "modcompile_gather_norm_rows", "modcompile_merge_rows",
+                                  "modcompile_merge_row_pairs"])
 def test_arguments_that_cannot_be_are_refused(kernels, name):
     right = arguments_of(kernels)[name]
 

@@ -134,6 +134,19 @@ def run_route_rows(session, x, weight, bias, valid, capacity):
                *([] if valid is None else [valid]), torch.tensor(capacity))
 
 
+def run_sum(session, product, residual, norm_weight, biases, weight, bias, valid, capacity, epsilon=1e-5):
+    kind = TYPES[product.dtype]
+    norms = (("norm_weight", kind, 1), *((("norm_bias", kind, 1), ("product_bias", kind, 1)) if biases else ()))
+    given = (("product", kind, 3), ("residual", kind, 3), *norms, ("weight", TensorProto.FLOAT, 2),
+             ("bias", TensorProto.FLOAT, 1), *([] if valid is None else [("valid", TensorProto.BOOL, 2)]),
+             ("capacity", TensorProto.INT64, 0))
+    made = (("normed", kind, 3), ("summed", kind, 3), ("logits", TensorProto.FLOAT, 2),
+            ("positions", TensorProto.INT64, 2), ("filled", TensorProto.BOOL, 2))
+    name = ("" if valid is None else "Masked") + ("SkipLayerNormRouteRows" if biases else "SkipRmsNormRouteRows")
+    return run(session(name, given, made, attributes=(("epsilon", epsilon),)), product, residual, norm_weight, *biases,
+               weight, bias, *([] if valid is None else [valid]), torch.tensor(capacity))
+
+
 def run_gather(session, x, positions):
     kind = TYPES[x.dtype]
     return run(session("GatherRows", (("x", kind, x.dim()), ("positions", TensorProto.INT64, 2)),
@@ -252,6 +265,26 @@ def test_gathered_rows_and_their_norm(session, dtype, centered):
     assert ((normed.double() - expected).abs() <= torch.finfo(dtype).eps * expected.abs() + 2e-6).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_sum_its_norm_and_its_route(session, dtype, centered, masked):
+    generator = torch.Generator().manual_seed(7)
+    product, residual = (torch.randn(2, 63, 24, generator=generator).to(dtype) for _ in range(2))
+    norm_weight, *biases = (torch.randn(24, generator=generator).to(dtype) for _ in range(3 if centered else 1))
+    weight, bias = torch.randn(24, 1, generator=generator), torch.randn(1, generator=generator)
+    valid = torch.rand(2, 63, generator=generator) < 0.7 if masked else None
+    normed, summed, *routed = run_sum(session, product, residual, norm_weight, biases, weight, bias, valid, 8)
+    exact = residual.double() + product.double() + (biases[1].double() if centered else 0)
+    assert ((summed.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 1e-6).all()
+    norm = torch.nn.functional
+    expected = norm.layer_norm(summed.double(), [24], norm_weight.double(), biases[0].double()) if centered else \
+        norm.rms_norm(summed.double(), [24], norm_weight.double(), 1e-5)
+    assert ((normed.double() - expected).abs() <= torch.finfo(dtype).eps * expected.abs() + 2e-6).all()
+    for mine, other in zip(routed, run_route_rows(session, summed, weight, bias, valid, 8), strict=True):
+        assert torch.equal(mine, other)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("rows", "capacity", "width"), [(1, 1, 1), (63, 5, 33), (63, 1, 8), (63, 63, 8)])
 def test_merge_rows_rounds_as_the_reference(session, dtype, rows, capacity, width):
@@ -304,6 +337,12 @@ def test_a_batch_of_none(session):
      r"weight \[3, 1\], found \[4, 1\]"),
     (lambda s: run_route_rows(s, torch.zeros(2, 5, 3), torch.zeros(3, 1), torch.zeros(1), None, 6),
      "from 1 to 5 rows, found 6"),
+    (lambda s: run_sum(s, torch.zeros(1, 5, 3), torch.zeros(1, 4, 3), torch.zeros(3), [], torch.zeros(3, 1),
+                       torch.zeros(1), None, 2), r"residual \[1, 5, 3\], found \[1, 4, 3\]"),
+    (lambda s: run_sum(s, torch.zeros(1, 5, 3), torch.zeros(1, 5, 3), torch.zeros(3), [torch.zeros(2), torch.zeros(3)],
+                       torch.zeros(3, 1), torch.zeros(1), None, 2), r"norm_bias \[3\], found \[2\]"),
+    (lambda s: run_sum(s, torch.zeros(1, 5, 3), torch.zeros(1, 5, 3), torch.zeros(3), [torch.zeros(3), torch.zeros(4)],
+                       torch.zeros(3, 1), torch.zeros(1), None, 2), r"product_bias \[3\], found \[4\]"),
     (lambda s: run_gather(s, torch.zeros(5), torch.tensor([[0]])), r"x \[B, S, ...\], found \[5\]"),
     (lambda s: run_gather(s, torch.zeros(2, 5, 3), torch.tensor([[0]])), r"positions \[2, K\], found \[1, 1\]"),
     (lambda s: run_gather_norm(s, torch.zeros(1, 5, 3), torch.tensor([[0, 1]]), torch.zeros(4), None),
