@@ -1,5 +1,5 @@
 # make demo    converts a real model, builds its engine, times it, and says where the files are (5 minutes at most)
-# make test    the test suite on a CPU, but for what is marked long (10 minutes at most on 2 cores)
+# make test    the test suite on a CPU, but for what is marked long (about 10 minutes on 2 cores)
 # make lint    ruff and mypy
 # make venv    the environment of the above, in .venv
 # make clean   removes whatever these made
