@@ -564,9 +564,10 @@ def family(name):
 
 
 def of_kind(name, kind):
-    """A family's model, routed or not, with random routers."""
+    """A family's model, routed or not, with random routers; a switch is a gate of 0 or 1."""
     member = family(name)
-    config = mc.MoDConfig(capacity_ratio=0.25, attend_to="all" if kind == "all" else "chosen")
+    config = mc.MoDConfig(capacity_ratio=0.25, attend_to="all" if kind == "all" else "chosen",
+                          gate="straight-through" if kind == "switch" else "raw")
     routed = randomise_routers(mc.convert(member.build(), member.example(), config))
     return {"dense": dense_model, "oracle": oracle_model}.get(kind, lambda mod: mod)(routed)
 
@@ -574,7 +575,7 @@ def of_kind(name, kind):
 @pytest.mark.parametrize(("name", "kind", "static"), [
     ("gpt2", "dense", False), ("gpt2", "all", True), ("gpt2-unmasked", "chosen", True), ("llama", "chosen", False),
     ("llama", "oracle", True), ("bert", "chosen", True), ("bert", "all", False), ("vit", "dense", True),
-    ("vit", "all", True), ("vit", "oracle", False),
+    ("vit", "all", True), ("vit", "oracle", False), ("gpt2", "switch", True), ("llama", "switch", True),
 ])
 @pytest.mark.long
 def test_families(tmp_path, name, kind, static):
@@ -790,6 +791,17 @@ class TestGpu:
             assert engine.run(many)["logits"].shape[0] == 10000
             with pytest.raises(UsageError, match="32-bit indices"):
                 engine.run({"input_ids": torch.zeros(1, 128, dtype=torch.long).expand(2**24, 128)})
+
+    @pytest.mark.parametrize("name", ["gpt2-unmasked", "llama"])
+    def test_rows_that_are_written_in_place(self, name, tmp_path):
+        """As of a straight-through gate, without padding and with it."""
+        member, model = family(name), of_kind(name, "switch")
+        inputs = member.inputs(3, 33, member.paddings[0] if member.paddings else None, seed=5)
+        with build_engine(model, tmp_path / "engine", runtime="aoti", device="cuda", autotune=False,
+                          shapes={key: tuple(value.shape) for key, value in inputs.items()}) as engine:
+            for _ in range(2):
+                assert_parity(engine, model, {key: value.cuda() for key, value in inputs.items()},
+                              member.valid(inputs))
 
     def test_another_gpu(self, gpu, engine):
         if torch.cuda.device_count() < 2:
