@@ -6,14 +6,16 @@
 
 Why: the router reads the row that the norm has just read. Such a pair is at the border of a dense and a routed block,
 where the norm is that of the next dense one (``norm`` put it before the merge). An RMS norm, which has no biases,
-becomes SkipRmsNormRouteRows; with a mask either is Masked. All have function bodies in the model.
+becomes SkipRmsNormRouteRows; with a mask either is Masked. All have function bodies in the model. A layer norm's
+product without a bias is given zeros; an RMS norm's product with one is left alone.
 """
 
 __all__ = ["fuse_sums"]
 
+import numpy as np
 import onnx_ir as ir
 from modcompile.runtimes.ort.custom_ops import DOMAIN
-from modcompile.runtimes.ort.fuse.edit import add_function, take_place
+from modcompile.runtimes.ort.fuse.edit import add_constant, add_function, take_place
 
 # B batch  S rows  K capacity  D model dim
 
@@ -54,20 +56,35 @@ def _fuse(graph: ir.Graph, route: ir.Node) -> tuple[str, str] | None:
     skip = summed.producer() if summed is not None else None
     if summed is None or skip is None or skip.op_type not in _FUSED or len(skip.outputs) < 4:
         return None
-    if summed is not skip.outputs[3] or not skip.outputs[0].uses():
+    normed = skip.outputs[0]
+    if summed is not skip.outputs[3] or not (normed.uses() or normed.is_graph_output()):
         return None
     parameters = _FUSED[skip.op_type][1].split(", ")
     product, residual, *given = skip.inputs
-    if len(given) != len(parameters) or product is None or residual is None or product.shape is None:
+    if product is None or residual is None or product.shape is None:
         return None
     if product.shape != residual.shape or len(product.shape) != 3 or product.dtype not in _TYPES:
+        return None
+    if parameters[-1] == "product_bias" and (len(given) == len(parameters) - 1 or given[-1] is None):
+        given[len(parameters) - 1:] = [_zeros(graph, product)]
+    if len(given) != len(parameters):
         return None
     if any(value is None or value.dtype != product.dtype for value in (residual, *given)):
         return None
     masked = "Masked" if route.op_type.startswith("Masked") else ""
-    epsilon = ir.AttrFloat32("epsilon", skip.attributes.get_float("epsilon", 1e-5))
+    # ONNX Runtime's default, which is not the standard norm's.
+    epsilon = ir.AttrFloat32("epsilon", skip.attributes.get_float("epsilon", 1e-12))
     made = ir.node(f"{masked}{_FUSED[skip.op_type][0]}", [product, residual, *given, *rest], domain=DOMAIN,
                    attributes={epsilon.name: epsilon}, num_outputs=5, name=f"{route.name}Summed")
     graph.insert_before(route, made)
-    take_place(made, (skip.outputs[0], summed, *route.outputs))
+    take_place(made, (normed, summed, *route.outputs))
     return skip.op_type, masked
+
+
+def _zeros(graph: ir.Graph, product: ir.Value) -> ir.Value | None:
+    """A bias that adds nothing, if the product's width is known."""
+    width = product.shape[-1] if product.shape is not None else None
+    if not isinstance(width, int) or product.dtype is None:
+        return None
+    name = f"no_bias_{width}_{product.dtype.name}"
+    return graph.initializers.get(name) or add_constant(graph, name, np.zeros(width, product.dtype.numpy()))

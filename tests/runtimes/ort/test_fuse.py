@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 import onnx
+import onnx.parser
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -17,6 +18,30 @@ import modcompile as mc
 from modcompile.variants import dense_model
 
 ORT = TOLERANCES["ort"][torch.float32]
+
+# What is between a dense block and a routed one; the function stands for the route of the exporter.
+BORDER = """<ir_version: 10, opset_import: ["": 23, "modcompile": 1]>
+border (float[2, 9, 8] o, float[2, 9, 8] x) => (float[2, 9, 8] n, float[2, 9, 8] s, int64[2, 3] positions)
+<float[8] g = {{2, 1, 3, 1, 1, 2, 1, 1}}, float[8] d = {{1, 0, 0, 2, 0, 0, 0, 1}},
+ float[8] c = {{3, 0, 1, 0, 0, 2, 0, 0}}, float[8, 1] w = {{1, -1, 2, 0, 1, 1, -2, 1}}, float[1] b = {{1}},
+ int64[1] last = {{-1}}, int64 k = {{3}}, float[2, 9, 8] a, float[2, 9] r>
+{{
+    a = {added}
+    s = Add (x, a)
+    n = {norm}
+    product = MatMul (s, w)
+    biased = Add (product, b)
+    r = Squeeze (biased, last)
+    positions, filled = modcompile.Route (r, k)
+}}
+<domain: "modcompile", opset_import: ["": 23]>
+Route (logits, capacity) => (positions, filled)
+{{
+    one = Constant <value = int64[1] {{1}}> ()
+    count = Reshape (capacity, one)
+    most, positions = TopK (logits, count)
+    filled = Equal (most, most)
+}}"""
 
 
 @pytest.fixture(scope="module", params=["gpt2-unmasked", "bert", "llama"])
@@ -117,3 +142,23 @@ def test_half_precision_is_as_near(mod, tmp_path: Path):
     engine = mc.build_engine(model, tmp_path / "fused", fuse=True, precision="fp16")
     report = mc.verify(model, engine, {name: tensor.numpy() for name, tensor in inputs.items()}, options={"fuse": True})
     assert report.precision == "fp16"
+
+
+@pytest.mark.parametrize(("added", "norm", "expected"), [
+    ("Add (o, c)", "LayerNormalization <axis = -1> (s, g, d)", {"SkipLayerNormRouteRows"}),
+    ("Identity (o)", "LayerNormalization <axis = -1> (s, g, d)", {"SkipLayerNormRouteRows"}),
+    ("Identity (o)", "LayerNormalization <axis = -1> (s, g)", {"RouteRows"}),
+    ("Identity (o)", "RMSNormalization <axis = -1> (s, g)", {"SkipRmsNormRouteRows"}),
+    ("Add (o, c)", "RMSNormalization <axis = -1> (s, g)", {"SkipSimplifiedLayerNormalization", "RouteRows"}),
+], ids=["layer norm", "no bias of the product", "no bias of the norm", "RMS norm", "a bias before an RMS norm"])
+def test_a_sum_with_and_without_its_biases(added: str, norm: str, expected: set[str]):
+    plain = onnx.parser.parse_model(BORDER.format(added=added, norm=norm))
+    fused = ir.to_proto(fuse_for_cuda(ir.from_proto(plain), custom_ops=True))
+    given = {name: torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(seed)).numpy()
+             for seed, name in enumerate("ox")}
+    before, after = (onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+                     .run(None, given) for model in (plain, fused))
+    assert expected <= {node.op_type for node in fused.graph.node}
+    assert farthest([torch.from_numpy(value) for value in after[:2]],
+                    [torch.from_numpy(value) for value in before[:2]]) <= ORT
+    assert (before[2] == after[2]).all()
