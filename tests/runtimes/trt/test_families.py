@@ -46,7 +46,7 @@ def exported(tmp_path_factory):
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.long)])
 def test_engines_of_a_family(exported, tmp_path, form, name, precision):
     path = exported(form, name, precision)
     family = families.family(name)
