@@ -1,7 +1,7 @@
 """Every family of the zoo, converted: against its dense model, the reference, its gradients, and ONNX Runtime.
 
 One family is captured once and routed a few ways; the fixture is of module scope so that its tests run one after
-another. Families that differ from another in little are marked long: CI runs them, "make test" does not.
+another. Families that differ from another in little are marked long: CI runs a part of them, "make test" does not.
 """
 
 from collections.abc import Iterator
