@@ -24,7 +24,7 @@ import torch.fx
 import modcompile.ops  # noqa: F401
 from modcompile.pass_manager import Pass, PassResult
 
-__all__ = ["NormBeforeMerge"]
+__all__ = ["NormBeforeMerge", "without_casts"]
 
 # B batch  S rows  K capacity  D model dim
 
@@ -56,9 +56,9 @@ class NormBeforeMerge(Pass):
                 # More than one dim is not row by row.
                 if len(shape) != 1 or any(node.op not in ("get_attr", "placeholder") for node in parameters):
                     continue
-                # Case 3.
+                # Case 3. A parameter that others use before stays where it is.
                 for node in parameters:
-                    if node.op == "get_attr":
+                    if merge < node:
                         merge.prepend(node)
                 with graph.inserting_before(merge):
                     normed = [graph.call_function(norm.target, (value, shape, *rest), dict(norm.kwargs))
@@ -76,6 +76,11 @@ class NormBeforeMerge(Pass):
 
 def is_switch(gate: torch.fx.Node) -> bool:
     """Whether a gate is known to be 0 or 1 in every slot: ones, or what says which slots are filled."""
+    return without_casts(gate).target in (aten.to.dtype, aten.ones_like.default)
+
+
+def without_casts(gate: torch.fx.Node) -> torch.fx.Node:
+    """A gate before it was cast from one floating type to another."""
     while gate.target is aten.to.dtype and gate.args[0].meta["val"].dtype != torch.bool:
         gate = gate.args[0]
-    return gate.target in (aten.to.dtype, aten.ones_like.default)
+    return gate

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import torch
 import torch.fx
+from modcompile.passes.norm_before_merge import without_casts
 
 # Registers the namespace's ops.
 import modcompile.ops  # noqa: F401
@@ -37,9 +38,7 @@ class OverwriteRows(Pass):
         graph, modified = graph_module.graph, False
         for merge in graph.find_nodes(op="call_function", target=mod.merge_rows.default):
             x, y, positions, gate = merge.args
-            while gate.target is aten.to.dtype:
-                gate = gate.args[0]
-            if gate.target is not aten.ones_like.default:
+            if without_casts(gate).target is not aten.ones_like.default:
                 continue
             value = x.meta["val"]
             with graph.inserting_before(merge):

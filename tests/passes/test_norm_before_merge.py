@@ -83,6 +83,18 @@ def test_two_norms_of_one_merge():
     assert_same(before, after, *given(), tolerance=TOLERANCES["eager"][torch.float32])
 
 
+def test_parameters_that_were_used_before():
+    def build(call, x, y, positions, gate):
+        scale = call.tensor("scale")
+        early = call(aten.rms_norm.default, y, [WIDTH], scale, 1e-6)
+        merged = call(mod.merge_rows.default, x, early, positions, ones(call, gate, positions))
+        return call(aten.rms_norm.default, merged, [WIDTH], scale, 1e-6)
+
+    before, after = moved(build)
+    assert nodes_of(after).count(RMS) == 3
+    assert_same(before, after, *given(), tolerance=TOLERANCES["eager"][torch.float32])
+
+
 def any_number(call, gate, positions):
     return gate
 
