@@ -8,21 +8,14 @@
 #include <iterator>
 #include <type_traits>
 
-#include "element.cuh"
 #include "modcompile_kernels.h"
+#include "norm.cuh"
 
 namespace modcompile {
 namespace {
 
 constexpr int kThreads = 128;  // few, so that K rows are on all multiprocessors
 constexpr int kInFlight = 4;   // words of a row that a lane loads before it uses the first
-
-struct Norm {
-  const void* weight;  // [D]
-  const void* bias;    // [D], or null
-  float epsilon;
-  bool centered;  // a layer norm; otherwise the mean square is divided by
-};
 
 // Calls visit(word's number, word) for a lane's words of a row.
 template <typename Word, typename Visit>
@@ -38,12 +31,6 @@ __device__ __forceinline__ void each_word(const Word* row, int64_t words, int la
       if (first + i * kWarp < words) visit(first + i * kWarp, held[i]);
     }
   }
-}
-
-__device__ __forceinline__ float sum_of_lanes(float value) {
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
-  return value;
 }
 
 template <typename T, int kCount>
@@ -70,30 +57,14 @@ __global__ void __launch_bounds__(kThreads)
     mean = sum_of_lanes(mean) / width;
   }
   float squares = 0;
-  each_word(row, read, lane, [&](int64_t, Word<T, kCount> word) {
-    const auto elements = unpack<T, kCount>(word);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const float deviation = to_float(elements.at[i]) - mean;
-      squares = fmaf(deviation, deviation, squares);
-    }
-  });
-  const float scale = 1.0f / sqrtf(sum_of_lanes(squares) / width + norm.epsilon);
+  each_word(row, read, lane, [&](int64_t, Word<T, kCount> word) { add_squares<T, kCount>(word, mean, squares); });
+  const float scale = scale_of(squares, width, norm.epsilon);
 
   const auto* weights = static_cast<const Word<T, kCount>*>(norm.weight);
-  const auto* biases = static_cast<const Word<T, kCount>*>(norm.bias);
-  each_word(weights, words, lane, [&](int64_t at, Word<T, kCount> weight_word) {
+  each_word(weights, words, lane, [&](int64_t at, Word<T, kCount> weight) {
     const Word<T, kCount> word = exists ? row[at] : Word<T, kCount>{};
-    auto elements = unpack<T, kCount>(word);
-    const auto weight = unpack<T, kCount>(weight_word);
-    const auto bias = unpack<T, kCount>(biases != nullptr ? biases[at] : Word<T, kCount>{});
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const float scaled = (to_float(elements.at[i]) - mean) * scale;
-      elements.at[i] = from_float<T>(fmaf(scaled, to_float(weight.at[i]), to_float(bias.at[i])));
-    }
     out[slot * words + at] = word;
-    normed[slot * words + at] = pack(elements);
+    normed[slot * words + at] = normed_word<T, kCount>(word, weight, norm, at, mean, scale);
   });
 }
 

@@ -8,9 +8,9 @@
 #include <iterator>
 #include <type_traits>
 
-#include "element.cuh"
 #include "last_cta.cuh"
 #include "modcompile_kernels.h"
+#include "norm.cuh"
 #include "select_rows.cuh"
 
 namespace modcompile {
@@ -26,13 +26,6 @@ struct Sources {
   const void* residual;      // [B, S, D]
   const void* product;       // [B, S, D]
   const void* product_bias;  // [D], or null
-};
-
-struct Norm {
-  const void* weight;  // [D]
-  const void* bias;    // [D], or null
-  float epsilon;
-  bool centered;  // a layer norm; otherwise the mean square is divided by
 };
 
 struct Router {
@@ -56,12 +49,6 @@ struct Sizes {
   int rows_per_warp;
   int ctas_per_batch_row;
 };
-
-__device__ __forceinline__ float sum_of_lanes(float value) {
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
-  return value;
-}
 
 // A lane's words of a summed row: in registers, or with kHeld = 0 where they are written.
 template <typename T, int kCount, int kHeld>
@@ -160,29 +147,13 @@ __device__ void make_row(const Sources& sources, const Norm& norm, const Router&
   mean = norm.centered ? sum_of_lanes(mean) / width : 0;
 
   float squares = 0;
-  sums.each([&](int64_t, Words word) {
-    const auto elements = unpack<T, kCount>(word);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const float deviation = to_float(elements.at[i]) - mean;
-      squares = fmaf(deviation, deviation, squares);
-    }
-  });
-  const float scale = 1.0f / sqrtf(sum_of_lanes(squares) / width + norm.epsilon);
+  sums.each([&](int64_t, Words word) { add_squares<T, kCount>(word, mean, squares); });
+  const float scale = scale_of(squares, width, norm.epsilon);
 
-  const auto* weights = static_cast<const Words*>(norm.weight);
-  const auto* biases = static_cast<const Words*>(norm.bias);
   Words* normed = static_cast<Words*>(targets.normed) + row * words;
+  const auto* weights = static_cast<const Words*>(norm.weight);
   sums.each([&](int64_t at, Words word) {
-    auto elements = unpack<T, kCount>(word);
-    const auto weight = unpack<T, kCount>(weights[at]);
-    const auto bias = unpack<T, kCount>(biases != nullptr ? biases[at] : Words{});
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const float scaled = (to_float(elements.at[i]) - mean) * scale;
-      elements.at[i] = from_float<T>(fmaf(scaled, to_float(weight.at[i]), to_float(bias.at[i])));
-    }
-    normed[at] = pack(elements);
+    normed[at] = normed_word<T, kCount>(word, weights[at], norm, at, mean, scale);
   });
 }
 
