@@ -39,7 +39,7 @@ from pretrained import MINILM, folder_of, minilm_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from torch.nn import functional as F
-from train_budgets import Cells, autocast, stochastic
+from train_budgets import Cells, autocast, cosine, stochastic
 
 import modcompile as mc
 from modcompile.calibration import calibrate_each, pruning_order
@@ -243,9 +243,7 @@ def train(model: mc.GraphModel, work: Work, steps: int, seed: int, options: argp
               (options.router_lr, [p for p in model.parameters() if id(p) in routers])]  # fmt: skip
     optimizer = torch.optim.AdamW([{"params": params, "lr": lr} for lr, params in groups if params],
                                   weight_decay=0.0, fused=True)  # fmt: skip
-    warmup = max(1, round(WARMUP * steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
-        (step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps)))
+    schedule = cosine(optimizer, steps, WARMUP)
     order = orders(len(work.train), seed)
     for step in range(steps):
         index = next(order)

@@ -107,6 +107,13 @@ def causal_losses(mod: mc.MoDModel, texts: Texts, options: argparse.Namespace) -
     return {"losses": losses(causal, texts), "rows": entered / taken}
 
 
+def cosine(optimizer: torch.optim.Optimizer, steps: int, warmup_share: float) -> torch.optim.lr_scheduler.LambdaLR:
+    """Rates that rise over a share of the steps, and fall to nothing as a cosine does."""
+    warmup = max(1, round(warmup_share * steps))
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
+        (step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps)))
+
+
 def train(model: mc.GraphModel, teacher: mc.GraphModel, texts: Texts, options: argparse.Namespace) -> dict[str, float]:
     """Trains in place.
 
@@ -120,9 +127,7 @@ def train(model: mc.GraphModel, teacher: mc.GraphModel, texts: Texts, options: a
               {"params": [p for p in model.parameters() if id(p) in routers], "lr": options.router_lr}]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], options.lr, (0.9, 0.95),
                                   weight_decay=0.0, fused=device.type == "cuda")
-    warmup = max(1, round(WARMUP * options.steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
-        (step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / options.steps)))
+    schedule = cosine(optimizer, options.steps, WARMUP)
     batches, last, start = texts.batches(options.batch, options.rows, options.seed), [], time.perf_counter()
     for step in range(options.steps):
         ids = next(batches)
