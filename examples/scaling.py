@@ -1,7 +1,8 @@
 """Is a routed decoder worth its FLOPs? Trains dense, routed and control models from scratch at equal training FLOPs.
 
     python examples/scaling.py --text corpus/*.txt --output scaling      all of it; --minutes 9 stops in time, and the
-                                                                         same command again goes on from there
+                                                                         same command again goes on from there; other
+                                                                         processes may add other --models or --seeds
     python examples/scaling.py --tiny                                    seconds, on a CPU
 
 The models are Llama-shaped decoders of bytes, or of the tokens of --tokenizer:
@@ -27,9 +28,7 @@ reaches perhaps 90 TFLOP/s in products this small, which makes 15 minutes, and c
 
 import argparse
 import dataclasses
-import json
 import math
-import os
 import platform
 import shutil
 import statistics
@@ -40,6 +39,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from cells import Cells
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import modcompile as mc
@@ -274,6 +274,11 @@ def evaluate(subject: Subject, tokens: torch.Tensor, held: torch.Tensor, options
     return result
 
 
+def cell_name(model: str, budget: float, seed: int) -> str:
+    """Of a cell in the results."""
+    return f"{model} {budget:.2e} seed {seed}"
+
+
 def table(cells: list[dict]) -> str:
     """A line for each model and budget, means over the seeds, and one for each causal decision below it."""
     lines = [f"{'FLOPs':>9} {'model':<12} {'blocks':>6} {'forward':>8} {'Mtokens':>8} {'loss':>7} {'+-':>6} "
@@ -349,23 +354,16 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     where = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
     print(f"{len(tokens):,} tokens to train on, {len(held):,} held out; {where}")
-    settings = {name: value for name, value in sorted(vars(options).items())
-                if name not in ("output", "minutes", "save_every_s", "models", "budgets", "seeds")}
-    results = {"settings": settings, "machine": where, "torch": torch.__version__, "cells": []}
-    path = output / "results.json"
-    if path.exists():
-        results = json.loads(path.read_text(encoding="utf-8"))
-        if results["settings"] != settings:
-            changed = [name for name in settings if results["settings"].get(name) != settings[name]]
-            raise UsageError("the folder holds results of other settings", found=", ".join(changed), where=path,
-                             expected="the same settings", fix="give another --output")
-
-    done = {(cell["model"], cell["budget"], cell["seed"]) for cell in results["cells"]}
+    cells = Cells(output / "results.json", {
+        **{name: value for name, value in sorted(vars(options).items())
+           if name not in ("output", "minutes", "save_every_s", "models", "budgets", "seeds")},
+        "machine": where, "torch": torch.__version__})  # fmt: skip
     subjects = build(options, vocabulary)
     dense = subjects["dense"]
     budgets = options.budgets or [float(6 * options.batch * dense.flops)]
     for name in options.models:
-        pending = [(budget, seed) for budget in budgets for seed in options.seeds if (name, budget, seed) not in done]
+        pending = [(budget, seed) for budget in budgets for seed in options.seeds
+                   if cell_name(name, budget, seed) not in cells]
         if not pending:
             continue
         subject = subjects[name]
@@ -376,7 +374,7 @@ def main() -> None:
             initialise(subject, options, vocabulary, seed)
             spent = train(subject, step_model, tokens, steps, seed, folder, options, deadline)
             if spent is None:
-                print(table(results["cells"]))
+                print(table(list(cells.report["cells"].values())))
                 print(f"the time is up in {folder.name}: the same command goes on from there")
                 return
             cell = {"model": name, "budget": budget, "seed": seed, "layers": subject.layers, "steps": steps,
@@ -385,16 +383,13 @@ def main() -> None:
                     "training_flops": steps * options.batch * subject.flops,
                     "forward_share": subject.forward / dense.forward, **spent,
                     **evaluate(subject, tokens, held, options)}
-            results["cells"].append(cell)
-            # Whole or not at all.
-            path.with_suffix(".partial").write_text(json.dumps(results, indent=1), encoding="utf-8")
-            os.replace(path.with_suffix(".partial"), path)
+            cells.write(cell_name(name, budget, seed), cell)
             shutil.rmtree(folder, ignore_errors=True)
             print(f"{name} {budget:.2e} seed {seed}: {steps} steps, loss {cell['loss']:.4f}", flush=True)
         # Compiled graphs and their memory.
         torch._dynamo.reset()
-    print(table(results["cells"]))
-    print("written:", path)
+    print(table(list(cells.report["cells"].values())))
+    print("written:", cells.file)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ Each of them, and the dense model too, is trained further, for the same steps on
 the distance to the fine-tuned dense model's outputs. Batches hold examples of about one length, padded to the longest,
 so padding is real, and little. FLOPs are counted at the test batches' median length.
 
-Every cell is written when it is done, and a second call goes on with the next. The defaults are for a large GPU; two
-cores take --rows 64 --train 3000 --test 1000 --batch 32 --dense-steps 150 --steps 100 --seeds 0 --tasks newsgroups.
+Every cell is written when it is done, and a second call goes on with the next. Several processes, each of other --tasks
+or --seeds, may share a folder. The defaults are for a large GPU; two cores take --rows 64 --train 3000 --test 1000
+--batch 32 --dense-steps 150 --steps 100 --seeds 0 --tasks newsgroups.
 """
 
 import argparse
@@ -35,11 +36,12 @@ from typing import Any
 
 import torch
 import transformers as hf
+from cells import Cells
 from pretrained import MINILM, folder_of, minilm_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from torch.nn import functional as F
-from train_budgets import Cells, autocast, cosine, stochastic
+from train_budgets import autocast, cosine, stochastic
 
 import modcompile as mc
 from modcompile.calibration import calibrate_each, pruning_order
@@ -281,7 +283,7 @@ def compare(work: Work, encoder: nn.Module, seed: int, cells: Cells, options: ar
     """Every cell of a task and a seed that is not there yet."""
     names = [f"{kind} {count}" for count in options.dropped for kind in ("pruned", "calibrated", "stochastic")]
     cell_names = {name: f"{work.task.name}, seed {seed}, {name}" for name in ("dense", *names)}
-    if all(name in cells.report["cells"] for name in cell_names.values()):
+    if all(name in cells for name in cell_names.values()):
         return
     torch.manual_seed(seed)
     source = work.kind(copy.deepcopy(encoder), work.labels).to(options.device).eval()
@@ -291,12 +293,18 @@ def compare(work: Work, encoder: nn.Module, seed: int, cells: Cells, options: ar
     spent = fine_tune(graph, work, seed, options)
     expected = outputs_of(graph, work.train)
 
+    def add(kind: str, make: Callable[[], dict[str, Any]]) -> None:
+        if (name := cell_names[kind]) not in cells:
+            cells.write(name, made := make())
+            figures = "  ".join(f"{score} {value:.4f}" for score, value in made["trained"].items())
+            print(f"{name:44} {made['flops']:.3f}  {figures}", flush=True)
+
     def cell(candidate: mc.GraphModel, **further: Any) -> dict[str, Any]:
         share, before = count_flops(candidate, work.sizes) / flops, scores(candidate, work)
         seconds = train(candidate, work, options.steps, seed + 1000, options, expected)
         return {"flops": share, "untrained": before, "trained": scores(candidate, work), "seconds": seconds, **further}
 
-    cells.add(cell_names["dense"], lambda: cell(copy.deepcopy(graph), fine_tuning_seconds=spent))
+    add("dense", lambda: cell(copy.deepcopy(graph), fine_tuning_seconds=spent))
     order = pruning_order(graph, work.calibration, 1 - max(options.dropped) / len(base.routed_blocks) + 1e-3,
                           trial_batches=options.trial_batches)  # fmt: skip
     pruned = {count: pruned_model(base, order[:count]) for count in sorted(options.dropped)}
@@ -309,19 +317,21 @@ def compare(work: Work, encoder: nn.Module, seed: int, cells: Cells, options: ar
     # Every one begins with the dense model's own tensors.
     for (count, model), result in zip(pruned.items(), results, strict=True):
         took = time.perf_counter() - started
-        cells.add(cell_names[f"pruned {count}"], lambda model=model, count=count: cell(
-            copy.deepcopy(model), dropped=order[:count]))
-        cells.add(cell_names[f"calibrated {count}"], lambda result=result, took=took: cell(
+        add(f"pruned {count}", lambda model=model, count=count: cell(copy.deepcopy(model), dropped=order[:count]))
+        add(f"calibrated {count}", lambda result=result, took=took: cell(
             copy.deepcopy(result.mod), calibration=result.report, calibration_seconds=took))
-        cells.add(cell_names[f"stochastic {count}"], lambda result=result: cell(stochastic(result.mod)))
+        add(f"stochastic {count}", lambda result=result: cell(stochastic(result.mod)))
         started = time.perf_counter()
 
 
 def table(report: dict[str, Any]) -> str:
     """The figures as Markdown: means over seeds, and the largest distance from them."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for name, cell in report["cells"].items():
+    # "entailment, seed 0, pruned 1": a task's dense model first, then by the number of blocks.
+    for name in sorted(report["cells"], key=lambda name: (
+            name.split(", ")[0], not name.endswith("dense"), name.split()[-1], name)):
         task, _, model = name.split(", ")
+        cell = report["cells"][name]
         groups.setdefault((task, model), []).append(cell)
     lines = ["| task | model | FLOPs | score | as it is made | trained further |", "|---|---|---|---|---|---|"]
     for (task, model), cells in groups.items():

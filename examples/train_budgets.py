@@ -9,8 +9,9 @@ batches with the same steps: next-token loss and the distance to the dense model
 as it was, and trained on the same batches too. Of the calibrated model there is also the loss when each row decides for
 itself, by a threshold, as generation must.
 
-Losses are nats per token of text that was not trained on; text of another kind than the training text shows most. Every
-cell is written when it is done, and a second call goes on with the next.
+Losses are nats per token of text that was not trained on; text of another kind than the training text shows most.
+Calibrated models and cells are written when they are done, and a second call goes on with the next. Several processes,
+each of other --models or --budgets, may share a folder.
 """
 
 import argparse
@@ -28,6 +29,8 @@ from typing import Any
 import torch
 import transformers as hf
 from calibrate import load_model, named, tiny_model
+from cells import Cells
+from filelock import FileLock
 from torch import nn
 
 import modcompile as mc
@@ -129,13 +132,18 @@ def train(model: mc.GraphModel, teacher: mc.GraphModel, texts: Texts, options: a
                                   weight_decay=0.0, fused=device.type == "cuda")
     schedule = cosine(optimizer, options.steps, WARMUP)
     batches, last, start = texts.batches(options.batch, options.rows, options.seed), [], time.perf_counter()
+
+    def loss_of(ids: torch.Tensor) -> torch.Tensor:
+        logits = model(ids).logits
+        with torch.no_grad():
+            expected = teacher(ids).logits
+        return (1 - options.distill) * next_token_loss(logits, ids) + options.distill * logits_loss(logits, expected)
+
+    step_loss = torch.compile(loss_of, dynamic=False) if options.compile else loss_of
     for step in range(options.steps):
         ids = next(batches)
         with autocast(device):
-            logits = model(ids).logits
-            with torch.no_grad():
-                expected = teacher(ids).logits
-        loss = (1 - options.distill) * next_token_loss(logits, ids) + options.distill * logits_loss(logits, expected)
+            loss = step_loss(ids)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -145,6 +153,8 @@ def train(model: mc.GraphModel, teacher: mc.GraphModel, texts: Texts, options: a
             last.append(loss.detach())
         if step % 100 == 0 and not math.isfinite(norm.item()):
             raise SystemExit(f"the gradients of step {step} are not numbers")
+    # What was compiled holds the model.
+    torch._dynamo.reset()
     return {"seconds": time.perf_counter() - start, "training_loss": torch.stack(last).mean().item()}
 
 
@@ -156,25 +166,37 @@ def stochastic(mod: mc.MoDModel) -> mc.MoDModel:
     return made
 
 
-class Cells:
-    """The figures so far, by name, in a file that is written after each."""
+def prepare(graph: mc.GraphModel, base: mc.MoDModel, calibration: list[dict[str, torch.Tensor]], sizes: dict[str, int],
+            options: argparse.Namespace) -> dict[str, Any]:
+    """Calibrates for every budget, into the folder. One process does it, others wait.
 
-    def __init__(self, file: Path, setting: dict[str, Any]):
-        self.file = file
-        self.report: dict[str, Any] = {"setting": setting, "cells": {}}
-        if file.exists():
-            self.report = json.loads(file.read_text(encoding="utf-8"))
-            if self.report["setting"] != json.loads(json.dumps(setting)):
-                raise SystemExit(f"{file} is of other options: name another folder")
-
-    def add(self, name: str, make: Callable[[], dict[str, Any]]) -> None:
-        """Makes a cell, unless it is there."""
-        if name not in self.report["cells"]:
-            self.report["cells"][name] = made = make()
-            partial = self.file.with_suffix(".part")
-            partial.write_text(json.dumps(self.report, indent=1) + "\n", encoding="utf-8")
-            partial.replace(self.file)
-            print(f"{name:24} {made['flops']:.3f}  " + "  ".join(f"{k} {v:.3f}" for k, v in made["trained"].items()))
+    Returns:
+        By budget, the blocks that are pruned, and the calibrated model's report.
+    """
+    kept = options.folder / "prepared.json"
+    how = {"budgets": sorted(options.budgets, reverse=True), **{key: getattr(options, key) for key in (
+        "attend_to", "calibration_sequences", "calibration_batch", "trial_batches")}}
+    with FileLock(kept.with_suffix(".lock")):
+        if kept.exists():
+            prepared = json.loads(kept.read_text(encoding="utf-8"))
+            if prepared["how"] != how:
+                raise SystemExit(f"{kept} was made with other options: name another folder")
+            return prepared
+        flops, started = count_flops(dense_model(base), sizes), time.perf_counter()
+        order = pruning_order(graph, calibration, min(how["budgets"]), trial_batches=options.trial_batches)
+        counts = [next(n for n in range(1, len(order) + 1)
+                       if count_flops(pruned_model(base, order[:n]), sizes) <= budget * flops)
+                  for budget in how["budgets"]]  # fmt: skip
+        shares = [count_flops(pruned_model(base, order[:n]), sizes) / flops for n in counts]
+        results = calibrate_each(graph, calibration, shares, attend_to=options.attend_to,
+                                 trial_batches=options.trial_batches, seed=options.seed)  # fmt: skip
+        prepared: dict[str, Any] = {"how": how, "budgets": {}}
+        for budget, count, result in zip(how["budgets"], counts, results, strict=True):
+            result.mod.save_pretrained(options.folder / f"calibrated-{budget}", overwrite=True)
+            prepared["budgets"][str(budget)] = {"pruned": order[:count], "calibrated": result.report}
+        prepared["seconds"] = time.perf_counter() - started
+        kept.write_text(json.dumps(prepared, indent=1) + "\n", encoding="utf-8")
+        return prepared
 
 
 def compare(model: nn.Module, tokenizer: Callable[..., Any], options: argparse.Namespace) -> dict[str, Any]:
@@ -208,22 +230,21 @@ def compare(model: nn.Module, tokenizer: Callable[..., Any], options: argparse.N
 
     def add(kind: str, name: str, make: Callable[[], mc.GraphModel], **further: Any) -> None:
         # Every one begins with the dense model's own tensors.
-        if kind in options.models:
-            cells.add(name, lambda: cell(copy.deepcopy(make()), **further))
+        if kind in options.models and name not in cells:
+            cells.write(name, made := cell(make(), **further))
+            print(f"{name:24} {made['flops']:.3f}  " + "  ".join(f"{k} {v:.3f}" for k, v in made["trained"].items()),
+                  flush=True)  # fmt: skip
 
-    add("dense", "dense", lambda: graph)
-    order = pruning_order(graph, calibration, min(options.budgets), trial_batches=options.trial_batches)
-    budgets = sorted(options.budgets, reverse=True)
-    pruned = [next(model for n in range(1, len(order) + 1)
-                   if count_flops(model := pruned_model(base, order[:n]), sizes) <= budget * flops)
-              for budget in budgets]  # fmt: skip
-    shares = [count_flops(model, sizes) / flops for model in pruned]
-    results = calibrate_each(graph, calibration, shares, attend_to=options.attend_to,
-                             trial_batches=options.trial_batches, seed=options.seed)  # fmt: skip
-    for budget, model, result in zip(budgets, pruned, results, strict=True):
-        add("pruned", f"pruned {budget}", lambda model=model: model)
-        add("calibrated", f"calibrated {budget}", lambda result=result: result.mod, calibration=result.report)
-        add("stochastic", f"stochastic {budget}", lambda result=result: stochastic(result.mod))
+    add("dense", "dense", lambda: copy.deepcopy(graph))
+    if set(options.models) == {"dense"}:
+        return cells.report
+    for budget, made in prepare(graph, base, calibration, sizes, options)["budgets"].items():
+        def calibrated(budget=budget) -> mc.MoDModel:
+            return mc.load(options.folder / f"calibrated-{budget}").to(device)
+
+        add("pruned", f"pruned {budget}", lambda made=made: copy.deepcopy(pruned_model(base, made["pruned"])))
+        add("calibrated", f"calibrated {budget}", calibrated, calibration=made["calibrated"])
+        add("stochastic", f"stochastic {budget}", lambda calibrated=calibrated: stochastic(calibrated()))
     return cells.report
 
 
@@ -231,7 +252,10 @@ def table(report: dict[str, Any]) -> str:
     """The figures as Markdown."""
     names = list(report["setting"]["held_out_tokens"])
     lines = [f"| | FLOPs | {' | '.join(names)} | seconds |", "|---" * (len(names) + 3) + "|"]
-    for name, cell in report["cells"].items():
+    # "pruned 0.9": the larger budget first, and in the order of MODELS.
+    order = sorted(report["cells"], key=lambda name: (-float([*name.split(), "1"][1]), MODELS.index(name.split()[0])))
+    for name in order:
+        cell = report["cells"][name]
         figures = [f"{cell['untrained'][text]:.3f} -> {cell['trained'][text]:.3f}" for text in names]
         lines.append(f"| {name} | {cell['flops']:.3f} | {' | '.join(figures)} | {cell['seconds']:.0f} |")
         if "causal" in cell:
@@ -263,6 +287,7 @@ def main() -> None:
     parser.add_argument("--held-out-sequences", type=int, default=64, help="of each text")
     parser.add_argument("--threshold-batches", type=int, default=16)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true", help="the training step, with torch.compile")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("budgets"), help="where the figures go, as budgets.json")
     parser.add_argument("--tiny", action="store_true", help="a random model, small sizes, no files needed")

@@ -85,5 +85,5 @@ def test_the_table_has_means_and_spreads(tasks):
     other = {"flops": 0.5, "untrained": {"accuracy": 0.7}, "trained": {"accuracy": 0.75}}
     lines = tasks.table({"cells": {"News, seed 0, pruned 1": cell, "News, seed 1, pruned 1": other,
                                    "News, seed 0, dense": cell}}).splitlines()
-    assert lines[2:] == ["| News | pruned 1 | 0.500 | accuracy | 0.6000 ± 0.1000 | 0.7500 ± 0.0000 |",
-                         "| News | dense | 0.500 | accuracy | 0.5000 | 0.7500 |"]
+    assert lines[2:] == ["| News | dense | 0.500 | accuracy | 0.5000 | 0.7500 |",
+                         "| News | pruned 1 | 0.500 | accuracy | 0.6000 ± 0.1000 | 0.7500 ± 0.0000 |"]
