@@ -1,5 +1,5 @@
 // The back end AOTInductor: a package of machine code, opened and run by torch's C++ library. On a GPU it allocates by
-// torch's allocator. There are no CUDA graphs here: a package allocates while it runs.
+// torch's allocator, for a CUDA graph from a pool that is the graph's.
 
 #include <ATen/ATen.h>
 #include <ATen/cpu/Utils.h>
@@ -8,12 +8,18 @@
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/version.h>
 #ifdef MODCOMPILE_TORCH_CUDA
+#include <ATen/cuda/CUDAGraph.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGuard.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #endif
 
+#include <algorithm>
 #include <array>
+#include <functional>
 #include <limits>
 #include <mutex>
+#include <optional>
 #include <sstream>
 #include <utility>
 
@@ -21,6 +27,13 @@
 #include "files.h"
 #include "manifest.h"
 #include "text.h"
+
+#ifdef MODCOMPILE_TORCH_CUDA
+namespace at::cuda {
+// Declared here: its header asks for cuSPARSE's, which a toolkit may lack.
+void clearCublasWorkspaces();
+}  // namespace at::cuda
+#endif
 
 namespace modcompile {
 namespace {
@@ -72,6 +85,41 @@ class OnStream {
 #endif
 };
 
+#ifdef MODCOMPILE_TORCH_CUDA
+// Work that was launched once under capture, and is launched as a whole from then on.
+class Recorded {
+ public:
+  Recorded(const at::Device& device, const std::function<void()>& work) {
+    // What the work reads must be there: a run that is not recorded comes first, so that libraries load and take memory.
+    c10::cuda::device_synchronize();
+    const c10::cuda::CUDAStream stream = c10::cuda::getStreamFromPool(false, device.index());
+    const c10::cuda::CUDAStreamGuard on_stream(stream);
+    work();
+    stream.synchronize();
+    graph_.capture_begin({0, 0}, cudaStreamCaptureModeThreadLocal);
+    try {
+      work();
+    } catch (...) {
+      try {
+        graph_.capture_end();
+      } catch (const std::exception&) {
+        // Of a capture that failed; the reason is the other's.
+      }
+      throw;
+    }
+    graph_.capture_end();
+    // What cuBLAS took while it was recorded is the graph's, and goes with it.
+    at::cuda::clearCublasWorkspaces();
+  }
+
+  // On torch's current stream.
+  void replay() { graph_.replay(); }
+
+ private:
+  at::cuda::CUDAGraph graph_;
+};
+#endif
+
 // A package that is open, and what its runs share.
 struct Package {
   Package(const std::string& path, at::Device where)
@@ -85,8 +133,8 @@ struct Package {
 
 class AotiRunner final : public Runner {
  public:
-  AotiRunner(Package& package, const Manifest& manifest, void* stream)
-      : package_(package), manifest_(manifest), stream_(stream) {}
+  AotiRunner(Package& package, const Manifest& manifest, void* stream, bool cuda_graph)
+      : package_(package), manifest_(manifest), stream_(stream), cuda_graph_(cuda_graph) {}
 
   void run(const std::vector<const Input*>& inputs, const std::vector<const Buffer*>& buffers,
            std::vector<Output>& outputs) override {
@@ -95,24 +143,14 @@ class AotiRunner final : public Runner {
     try {
       const OnStream stream(device, stream_);
       const at::InferenceMode no_gradients;
-      bool all_device = !inputs.empty();
-      std::vector<at::Tensor> given;
-      for (const Input* input : inputs) {
-        given.push_back(wrap(*input, const_cast<void*>(input->data), device).to(device));
-        all_device = all_device && input->memory == Memory::kDevice;
+      if (cuda_graph_) {
+        replay(inputs, buffers, outputs);
+      } else {
+        launch(inputs, buffers, outputs);
       }
-      const Memory own = all_device ? Memory::kDevice : Memory::kHost;
-      for (Output& output : outputs) output.data = nullptr;
-      tensors_.clear();
-      {
-        const std::lock_guard<std::mutex> turn(package_.turn);
-        tensors_ = package_.loader.boxed_run(std::move(given), device.is_cuda() ? stream_ : nullptr);
-      }
-      if (tensors_.size() != outputs.size()) throw std::runtime_error("the package gives another number of outputs");
-      for (size_t i = 0; i < outputs.size(); ++i) {
-        finish(tensors_[i], buffers[i], own, outputs[i]);
-        all_device = all_device && outputs[i].memory == Memory::kDevice;
-      }
+      const auto is_on_device = [](const auto& tensor) { return tensor.memory == Memory::kDevice; };
+      const bool all_device = std::all_of(outputs.begin(), outputs.end(), is_on_device) &&
+                              std::all_of(inputs.begin(), inputs.end(), [&](const Input* x) { return is_on_device(*x); });
       // What is copied to the host is waited for by the copy.
       if (device.is_cuda() && (stream_ == nullptr || !all_device)) {
         const c10::impl::VirtualGuardImpl guard(device.type());
@@ -124,6 +162,41 @@ class AotiRunner final : public Runner {
   }
 
  private:
+  // Launches a run on torch's current stream, and copies what goes to the caller's buffers.
+  void launch(const std::vector<const Input*>& inputs, const std::vector<const Buffer*>& buffers,
+              std::vector<Output>& outputs) {
+    const at::Device device = package_.device;
+    Memory own = inputs.empty() ? Memory::kHost : Memory::kDevice;
+    std::vector<at::Tensor> given;
+    for (const Input* input : inputs) {
+      given.push_back(wrap(*input, const_cast<void*>(input->data), device).to(device));
+      if (input->memory == Memory::kHost) own = Memory::kHost;
+    }
+    for (Output& output : outputs) output.data = nullptr;
+    tensors_.clear();
+    {
+      const std::lock_guard<std::mutex> turn(package_.turn);
+      tensors_ = package_.loader.boxed_run(std::move(given));
+    }
+    if (tensors_.size() != outputs.size()) throw std::runtime_error("the package gives another number of outputs");
+    for (size_t i = 0; i < outputs.size(); ++i) finish(tensors_[i], buffers[i], own, outputs[i]);
+  }
+
+  // Records the first run, and gives what the graph writes.
+  void replay(const std::vector<const Input*>& inputs, const std::vector<const Buffer*>& buffers,
+              std::vector<Output>& outputs) {
+#ifdef MODCOMPILE_TORCH_CUDA
+    if (!recorded_) {
+      recorded_.emplace(package_.device, [&] { launch(inputs, buffers, outputs); });
+      recorded_outputs_ = outputs;
+    }
+    recorded_->replay();
+    outputs = recorded_outputs_;
+#else
+    static_cast<void>(inputs), static_cast<void>(buffers), static_cast<void>(outputs);
+#endif
+  }
+
   static void finish(at::Tensor& tensor, const Buffer* buffer, Memory own, Output& output) {
     output.shape = tensor.sizes().vec();
     if (tensor.scalar_type() != kTypes[static_cast<size_t>(output.dtype)]) {
@@ -183,24 +256,31 @@ class AotiRunner final : public Runner {
   Package& package_;
   const Manifest& manifest_;
   void* stream_;
+  bool cuda_graph_;
   // The memory of outputs without a buffer.
   std::vector<at::Tensor> tensors_;
+#ifdef MODCOMPILE_TORCH_CUDA
+  // After what it reads and writes, so that it goes first.
+  std::vector<Output> recorded_outputs_;
+  std::optional<Recorded> recorded_;
+#endif
 };
 
 class AotiBackend final : public Backend {
  public:
-  AotiBackend(const Manifest& manifest, std::unique_ptr<Package> package)
-      : manifest_(manifest), package_(std::move(package)) {}
+  AotiBackend(const Manifest& manifest, std::unique_ptr<Package> package, bool cuda_graph)
+      : manifest_(manifest), package_(std::move(package)), cuda_graph_(cuda_graph) {}
 
   const char* name() const override { return "AOTInductor"; }
   bool on_gpu() const override { return package_->device.is_cuda(); }
   std::unique_ptr<Runner> make_runner(void* stream) const override {
-    return std::make_unique<AotiRunner>(*package_, manifest_, stream);
+    return std::make_unique<AotiRunner>(*package_, manifest_, stream, cuda_graph_);
   }
 
  private:
   const Manifest& manifest_;
   std::unique_ptr<Package> package_;
+  bool cuda_graph_;
 };
 
 Error unfit(const char* what, const std::string& expected, const std::string& found, const std::string& folder) {
@@ -258,13 +338,9 @@ std::unique_ptr<Backend> load_aoti(const std::string& folder, const Manifest& ma
                  std::string("torch ") + TORCH_VERSION, folder, "let the program load a library of this version"});
   }
   const at::Device device = check_target(manifest, options, folder);
-  if (options.cuda_graph) {
-    throw Error(ErrorKind::kUsage, "the C++ runtime records no CUDA graph of an AOTInductor engine",
-                {"cuda_graph = false", "", "cuda_graph", "leave it out"});
-  }
   try {
     const PrivateCopy copy(read_verified(folder, manifest, manifest.entry), "model.pt2");
-    return std::make_unique<AotiBackend>(manifest, std::make_unique<Package>(copy.path(), device));
+    return std::make_unique<AotiBackend>(manifest, std::make_unique<Package>(copy.path(), device), options.cuda_graph);
   } catch (const Error&) {
     throw;
   } catch (const std::exception& error) {

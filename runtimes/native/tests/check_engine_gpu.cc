@@ -224,10 +224,8 @@ int run(int count, char** arguments) {
   from_device_memory(given);
   on_a_stream(given);
   on_threads(given);
-  if (engine.manifest().runtime != "aoti") {
-    as_a_graph(given, false);
-    as_a_graph(given, true);
-  }
+  as_a_graph(given, false);
+  as_a_graph(given, true);
   mc::LoadOptions options;
   options.device = 99;
   try {
