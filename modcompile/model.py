@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 import torch.fx
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from modcompile.config import MoDConfig
 from modcompile.interface import Interface
@@ -290,6 +291,9 @@ class MoDModel(GraphModel):
         made.passes = [*self.passes, *manager.ran]
         return made.train(self.training)
 
+    def _graphs(self) -> list[torch.fx.Graph]:
+        return [*super()._graphs(), self.dense_program.graph, *self.dense_program.bodies.values()]
+
     def _rebuild(self, program: Program, tensors: dict[str, torch.Tensor]) -> "MoDModel":
         graph_module = program.assemble(tensors, self._copied_routers(tensors), self.non_persistent())
         return MoDModel(graph_module, self.interface, dict(self.hints), list(self.passes), self.config,
@@ -305,8 +309,12 @@ def _set_dropout(module: torch.fx.GraphModule, training: bool) -> None:
 
 
 def _set_device(graph: torch.fx.Graph, device: torch.device) -> bool:
+    """Moves what a graph makes, and what its values are known to be: later passes go by that."""
     changed = False
     for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor) and value.device != device:
+            node.meta["val"] = value.to(device)
         if "device" in node.kwargs and node.kwargs["device"] not in (None, device):
             node.kwargs = {**node.kwargs, "device": device}
             changed = True

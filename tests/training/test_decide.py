@@ -149,3 +149,10 @@ def test_what_cannot_decide():
     mod = convert(Stack(Mlp(), Mlp()), EXAMPLE, MoDConfig())
     with pytest.raises(UnsupportedGraphError, match=r"rows of block layers\.1 cannot decide"):
         causal_model(mod)
+
+
+@pytest.mark.parametrize("attend_to", ["chosen", "all"])
+def test_it_is_where_the_model_is(attend_to):
+    _, mod = converted(attend_to)
+    causal = causal_model(mod.to("meta"))
+    assert "device(type='cpu')" not in causal.format() and causal(X.to("meta")).is_meta
