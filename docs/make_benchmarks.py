@@ -1,10 +1,11 @@
-"""Writes docs/benchmarks.md, and the table of README.md, from the figures in docs/benchmarks/*.json.
+"""Writes docs/benchmarks.md, docs/quality.md, and the table of README.md, from the figures in docs/benchmarks.
 
-    python docs/make_benchmarks.py            writes both
+    python docs/make_benchmarks.py            writes them
     python docs/make_benchmarks.py --check    says whether they are what it would write
 
 Each JSON file is what ``modcompile bench --title TITLE -o FILE`` wrote; those in ``kernels`` are from
-``tests/runtimes/native/bench_kernels.py``, those in ``trt86`` from ``tests/runtimes/native/trt86_bench.py``.
+``tests/runtimes/native/bench_kernels.py``, those in ``trt86`` from ``tests/runtimes/native/trt86_bench.py``, those in
+``quality`` from examples.
 """
 
 import argparse
@@ -12,8 +13,10 @@ import json
 import sys
 from pathlib import Path
 
+import quality_tables
+
 DOCS = Path(__file__).resolve().parent
-README, PAGE = DOCS.parent / "README.md", DOCS / "benchmarks.md"
+README, PAGE, QUALITY = DOCS.parent / "README.md", DOCS / "benchmarks.md", DOCS / "quality.md"
 START, END = "<!-- measured -->", "<!-- /measured -->"
 TITLES = {"dense": "dense", "dense (again)": "dense, again", "mod": "MoD", "other": "MoD, other attend_to",
           "oracle": "oracle", "pruned": "pruned", "masked": "masked", "compile": "torch.compile"}
@@ -162,7 +165,7 @@ def written() -> dict[Path, str]:
     before, rest = readme.split(START)
     after = rest.split(END)[1]
     parts = [HEAD, *map(section, reports), *map(trt86, native), *map(kernels, measured)]
-    return {PAGE: "\n".join(parts).rstrip() + "\n",
+    return {PAGE: "\n".join(parts).rstrip() + "\n", QUALITY: quality_tables.page(DOCS / "benchmarks" / "quality"),
             README: f"{before}{START}\n{summary(reports)}\n{END}{after}"}
 
 

@@ -291,9 +291,6 @@ class MoDModel(GraphModel):
         made.passes = [*self.passes, *manager.ran]
         return made.train(self.training)
 
-    def _graphs(self) -> list[torch.fx.Graph]:
-        return [*super()._graphs(), self.dense_program.graph, *self.dense_program.bodies.values()]
-
     def _rebuild(self, program: Program, tensors: dict[str, torch.Tensor]) -> "MoDModel":
         graph_module = program.assemble(tensors, self._copied_routers(tensors), self.non_persistent())
         return MoDModel(graph_module, self.interface, dict(self.hints), list(self.passes), self.config,

