@@ -119,6 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a small model, few rounds, not compiled")
     parser.add_argument("--output", help="a JSON file, which a second start completes")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--precision", choices=("bf16", "autocast"), default="bf16")
     parser.add_argument("--capacity-ratio", type=float, default=0.125)
     parser.add_argument("--attend-to", choices=("chosen", "all"), default="chosen")
@@ -138,13 +139,14 @@ def main() -> None:
 
     where = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
     about = {"machine": where, "torch": torch.__version__,
-             "options": {name: value for name, value in sorted(vars(options).items()) if name != "output"}}
+             "options": {name: value for name, value in sorted(vars(options).items())
+                         if name not in ("output", "tasks")}}
     results = {**about, "tasks": []}
     if path.exists():
         results = json.loads(path.read_text(encoding="utf-8"))
         if {name: results[name] for name in about} != about:
             raise SystemExit(f"{path} is of another machine, torch or command: give another --output")
-    for task in TASKS:
+    for task in options.tasks:
         if task not in [done["task"] for done in results["tasks"]]:
             results["tasks"].append(measure(task, options))
             # Whole or not at all.

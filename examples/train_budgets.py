@@ -175,7 +175,7 @@ def prepare(graph: mc.GraphModel, base: mc.MoDModel, calibration: list[dict[str,
     """
     kept = options.folder / "prepared.json"
     how = {"budgets": sorted(options.budgets, reverse=True), **{key: getattr(options, key) for key in (
-        "attend_to", "calibration_sequences", "calibration_batch", "trial_batches")}}
+        "attend_to", "calibration_sequences", "calibration_batch", "trial_batches", "exchanges")}}
     with FileLock(kept.with_suffix(".lock")):
         if kept.exists():
             prepared = json.loads(kept.read_text(encoding="utf-8"))
@@ -189,7 +189,8 @@ def prepare(graph: mc.GraphModel, base: mc.MoDModel, calibration: list[dict[str,
                   for budget in how["budgets"]]  # fmt: skip
         shares = [count_flops(pruned_model(base, order[:n]), sizes) / flops for n in counts]
         results = calibrate_each(graph, calibration, shares, attend_to=options.attend_to,
-                                 trial_batches=options.trial_batches, seed=options.seed)  # fmt: skip
+                                 trial_batches=options.trial_batches, exchanges=options.exchanges,
+                                 seed=options.seed)
         prepared: dict[str, Any] = {"how": how, "budgets": {}}
         for budget, count, result in zip(how["budgets"], counts, results, strict=True):
             result.mod.save_pretrained(options.folder / f"calibrated-{budget}", overwrite=True)
@@ -284,6 +285,7 @@ def main() -> None:
     parser.add_argument("--calibration-sequences", type=int, default=128)
     parser.add_argument("--calibration-batch", type=int, default=8)
     parser.add_argument("--trial-batches", type=int, default=4)
+    parser.add_argument("--exchanges", type=int, default=1, help="how often rows go from block to block at each stage")
     parser.add_argument("--held-out-sequences", type=int, default=64, help="of each text")
     parser.add_argument("--threshold-batches", type=int, default=16)
     parser.add_argument("--device", default="cpu")

@@ -83,7 +83,9 @@ def convert(
 ) -> None:
     """Converts a dense model into Mixture-of-Depths form and saves it.
 
-    With --calibrate it does not need training; --shape input_ids=8x512 says how the text is cut.
+    A pretrained model is best converted with --calibrate TEXT --budget 0.7: that needs no training, and is better than
+    leaving out blocks. --shape input_ids=8x512 says how the text is cut. Without it routers know nothing until they are
+    trained.
     """
     report = None
     with working("loading the model") as say:
@@ -111,6 +113,8 @@ def convert(
             f"calibrated on {report['rows']} rows: {report['flops']:.1%} of the FLOPs, {dropped} blocks left out, "
             f"{report['objective']} loss {loss['calibrated']:.4g} (pruned {loss['pruned']:.4g}, "
             f"dense {loss['dense']:.4g})"))
+    elif mod.config.router not in ("attention", "noise"):
+        shown = Group(shown, Text("its routers know nothing: train it, or convert with --calibrate TEXT --budget 0.7"))
     emit(as_json, data, shown)
 
 
