@@ -15,6 +15,7 @@ from modcompile.runtimes.ort.fuse.gelu import fuse_gelu
 from modcompile.runtimes.ort.fuse.norm import fuse_lone_norms, fuse_norms
 from modcompile.runtimes.ort.fuse.router import fuse_routers
 from modcompile.runtimes.ort.fuse.sum import fuse_sums
+from modcompile.runtimes.ort.fuse.table import fuse_tables
 from onnx_ir.passes import common
 
 
@@ -33,6 +34,7 @@ def fuse_for_cuda(model: ir.Model, *, custom_ops: bool = False) -> ir.Model:
         fuse_sums(model)
     fuse_lone_norms(model)
     fuse_gelu(model)
+    fuse_tables(model)
     # New nodes stand where the last of the old ones stood, which may be behind a user of another output.
     model.graph.sort()
     common.RemoveUnusedNodesPass()(model)

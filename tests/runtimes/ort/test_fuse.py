@@ -3,6 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx.parser
 import onnx_ir as ir
@@ -162,3 +163,49 @@ def test_a_sum_with_and_without_its_biases(added: str, norm: str, expected: set[
     assert farthest([torch.from_numpy(value) for value in after[:2]],
                     [torch.from_numpy(value) for value in before[:2]]) <= ORT
     assert (before[2] == after[2]).all()
+
+
+# Rows of a table, as routed blocks gather those of rotary cosines; and of a weight.
+TABLE = """<ir_version: 10, opset_import: ["": 23]>
+tables (int64[2, 3] first, int64[2, 3] second) => (float16[2, 3, 4] a, float16[2, 3, 4] b, float16[2, 3, 4] c)
+<float[9] at = {0, 1, 2, 3, 4, 5, 6, 7, 8}, int64[1] one = {1}, int64 two = {2}, int64[3] shape = {9, 1, 1},
+ int64[3] wide = {9, 1, 4}, float[3, 4] weight = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11},
+ float[9, 1, 4] table, float[2, 3, 1, 4] a1, float[2, 1, 3, 4] a2, float[2, 3, 4] a3, float[2, 3, 1, 4] b1,
+ float[2, 1, 3, 4] b2, float[2, 3, 4] b3, float[2, 3, 4] c1>
+{
+    column = Reshape (at, shape)
+    radians = Expand (column, wide)
+    table = Cos (radians)
+    a1 = Gather <axis = 0> (table, first)
+    a2 = Transpose <perm = [0, 2, 1, 3]> (a1)
+    a3 = Squeeze (a2, one)
+    a = Cast <to = 10> (a3)
+    b1 = Gather <axis = 0> (table, second)
+    b2 = Transpose <perm = [0, 2, 1, 3]> (b1)
+    b3 = Squeeze (b2, one)
+    b = Cast <to = 10> (b3)
+    capped = Min (first, two)
+    c1 = Gather <axis = 0> (weight, capped)
+    c = Cast <to = 10> (c1)
+}"""
+
+
+def test_rows_of_a_table_are_shaped_and_cast_before_they_are_gathered():
+    before = ir.from_onnx_text(TABLE)
+    positions = np.array([[0, 3, 8], [1, 2, 4]])
+    given = {"first": positions, "second": positions[::-1].copy()}
+
+    def outputs(model: ir.Model) -> list[np.ndarray]:
+        session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(),
+                                               providers=["CPUExecutionProvider"])
+        return session.run(None, given)
+
+    expected = outputs(before)
+    after = fuse_for_cuda(before)
+    for found, wanted in zip(outputs(after), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    counts = Counter(node.op_type for node in after.graph)
+    # One table for both, and a weight that is not kept twice.
+    assert (counts["Transpose"], counts["Squeeze"], counts["Cast"], counts["Gather"]) == (0, 1, 2, 3)
+    (gathered,) = (node for node in after.graph if node.op_type == "Gather" and node.inputs[0].name == "weight")
+    assert gathered.outputs[0].dtype == ir.DataType.FLOAT
