@@ -1,13 +1,11 @@
 """examples/serve.py on loopback: texts of many callers share batches, and each gets its own vector."""
 
 import http.client
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -15,13 +13,12 @@ import onnx
 import onnx.parser
 import pytest
 from onnx import numpy_helper
+from scripts import EXAMPLES, load_script
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import modcompile as mc
 
-_SPEC = importlib.util.spec_from_file_location("serve", Path(__file__).parents[1] / "examples" / "serve.py")
-serve = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(serve)
+serve = load_script(EXAMPLES / "serve.py")
 
 # B batch  S rows  D width
 B, S, D = 4, 6, 5

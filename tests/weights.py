@@ -2,16 +2,13 @@
 
 __all__ = ["minilm", "minilm_folder", "smollm2"]
 
-import importlib.util
 from pathlib import Path
 
 import pytest
+from scripts import EXAMPLES, load_script
 from torch import nn
 
-_SPEC = importlib.util.spec_from_file_location("pretrained", Path(__file__).parents[1] / "examples" / "pretrained.py")
-assert _SPEC is not None and _SPEC.loader is not None
-_PRETRAINED = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(_PRETRAINED)
+_PRETRAINED = load_script(EXAMPLES / "pretrained.py")
 
 
 def minilm_folder() -> Path:

@@ -1,31 +1,18 @@
 """What examples/tasks.py puts on an encoder, and the table that it prints."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from scripts import EXAMPLES, load_script
 from torch import nn
 
 from modcompile.errors import UsageError
 
 pytest.importorskip("transformers")
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
 
 @pytest.fixture(scope="module")
 def tasks():
-    # Examples import one another.
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        spec = importlib.util.spec_from_file_location("examples_tasks", EXAMPLES / "tasks.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(EXAMPLES))
+    return load_script(EXAMPLES / "tasks.py")
 
 
 class Encoder(nn.Module):

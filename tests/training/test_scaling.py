@@ -1,30 +1,17 @@
 """The corpus of examples/scaling.py: what is held out, and what is refused."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from scripts import EXAMPLES, load_script
 
 from modcompile.errors import UsageError
 
 pytest.importorskip("transformers")
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
 
 @pytest.fixture(scope="module")
 def scaling():
-    # Examples import one another.
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        spec = importlib.util.spec_from_file_location("scaling", EXAMPLES / "scaling.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(EXAMPLES))
+    return load_script(EXAMPLES / "scaling.py")
 
 
 def read(scaling, tmp_path, *contents):

@@ -1,6 +1,5 @@
 """The bench of TensorRT 8.6 engines, against a runner and a builder that are written here."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scripts import load_script
 
 BENCH = Path(__file__).with_name("trt86_bench.py")
 # Takes the options of the real one, and no others; what it prints has the same form.
@@ -137,9 +137,7 @@ def test_a_second_run_builds_what_is_missing_and_adds_rounds(bench):
     # A build takes 20 s and a round 2 s. Builds begin before 75 % of the limit, and are ended at 90 %.
     (None, 3, 3), (1000, 3, 3), (50, 2, 2), (70, 3, 1), (22, 0, 0), (30, 1, 1)])
 def test_time_that_is_over_ends_builds_and_then_rounds(bench, monkeypatch, capsys, limit_s, built, rounds):
-    spec = importlib.util.spec_from_file_location("trt86_bench", BENCH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(BENCH)
     now = [100.0]
 
     def start(command, *arguments, timeout_s):
