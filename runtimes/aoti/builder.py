@@ -25,11 +25,13 @@ from modcompile.passes.norm_before_merge import NormBeforeMerge
 from modcompile.passes.overwrite_rows import OverwriteRows
 from modcompile.passes.simplify_masks import SimplifyMasks
 from modcompile.passes.sum_columns import SumColumns
+from modcompile.runtimes.aoti.choices import GatheredRows
 from modcompile.runtimes.aoti.engine import ELEMENTS, ENTRY, LARGEST, open_package
 from modcompile.runtimes.aoti.target import find_device, target_of
 from torch import nn
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.package import package_aoti
+from torch._inductor.virtualized import V
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
@@ -222,7 +224,7 @@ def _compile(program: ExportedProgram, examples: list[torch.Tensor], scratch: st
         **(_AUTOTUNE if autotune else {}),
     }
     try:
-        with torch.no_grad():
+        with torch.no_grad(), V.set_choices_handler(GatheredRows()):
             return list(torch._inductor.aot_compile(program.module(check_guards=False), tuple(examples),
                                                     options=options))
     except InvalidCxxCompiler as error:
