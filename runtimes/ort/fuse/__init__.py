@@ -12,6 +12,7 @@ import onnx_ir as ir
 from modcompile.runtimes.ort.fuse.attention import fuse_attention
 from modcompile.runtimes.ort.fuse.gather import fuse_gathers
 from modcompile.runtimes.ort.fuse.gelu import fuse_gelu
+from modcompile.runtimes.ort.fuse.mask import fuse_masks
 from modcompile.runtimes.ort.fuse.norm import fuse_lone_norms, fuse_norms
 from modcompile.runtimes.ort.fuse.router import fuse_routers
 from modcompile.runtimes.ort.fuse.sum import fuse_sums
@@ -35,6 +36,7 @@ def fuse_for_cuda(model: ir.Model, *, custom_ops: bool = False) -> ir.Model:
     fuse_lone_norms(model)
     fuse_gelu(model)
     fuse_tables(model)
+    fuse_masks(model)
     # New nodes stand where the last of the old ones stood, which may be behind a user of another output.
     model.graph.sort()
     common.RemoveUnusedNodesPass()(model)

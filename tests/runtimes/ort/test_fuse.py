@@ -115,6 +115,9 @@ def test_a_norm_goes_before_the_merge_and_a_router_into_its_route(name: str, gat
     if name == "bert":
         # Its norms end a block, inside of the merge.
         assert counts["MergeRows"] == routed
+        # The numbers of the mask are made once, of each key, and a routed block takes its own of them.
+        numbers = counts["Where"] - (0 if gate == "straight-through" else routed)
+        assert (numbers, counts["Transpose"], counts["GatherRows"]) == (1, 0, 2 * routed)
         return
     # Of a gate that is 0 or 1 the merges of a row and of its norm are one operator.
     is_switch = gate == "straight-through"
