@@ -29,7 +29,8 @@ def fuse_masks(model: ir.Model) -> None:
 
 def _scalar(value: ir.Value) -> np.ndarray | None:
     tensor = ir.convenience.get_const_tensor(value)
-    return None if tensor is None or tensor.size != 1 else tensor.numpy()
+    # One of more dims would give the condition more, too.
+    return None if tensor is None or tensor.size != 1 or len(tensor.shape) > 1 else tensor.numpy()
 
 
 class _Numbers(RewriteRuleClassBase):

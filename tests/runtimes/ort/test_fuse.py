@@ -212,3 +212,16 @@ def test_rows_of_a_table_are_shaped_and_cast_before_they_are_gathered():
     assert (counts["Transpose"], counts["Squeeze"], counts["Cast"], counts["Gather"]) == (0, 1, 2, 3)
     (gathered,) = (node for node in after.graph if node.op_type == "Gather" and node.inputs[0].name == "weight")
     assert gathered.outputs[0].dtype == ir.DataType.FLOAT
+
+
+def test_numbers_of_more_dims_than_their_condition_stay_behind_it():
+    before = ir.from_onnx_text("""<ir_version: 10, opset_import: ["": 23]>
+    chosen (bool[1, 3] c) => (float[1, 3, 1] a) <float[1, 1, 1] yes = {0}, float[1, 1, 1] no = {-1}, bool[3, 1] turned>
+    {
+        turned = Transpose <perm = [1, 0]> (c)
+        a = Where (turned, yes, no)
+    }""")
+    after = ir.to_proto(fuse_for_cuda(before)).SerializeToString()
+    (found,) = onnxruntime.InferenceSession(after, providers=["CPUExecutionProvider"]).run(
+        None, {"c": np.array([[True, False, True]])})
+    np.testing.assert_array_equal(found, [[[0], [-1], [0]]])
