@@ -10,6 +10,7 @@ import torch
 import torch.fx
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_map_only
 
 from modcompile.config import MoDConfig
 from modcompile.interface import Interface
@@ -307,11 +308,13 @@ def _set_dropout(module: torch.fx.GraphModule, training: bool) -> None:
 
 def _set_device(graph: torch.fx.Graph, device: torch.device) -> bool:
     """Moves what a graph makes, and what its values are known to be: later passes go by that."""
+    def moved(value: FakeTensor) -> torch.Tensor:
+        return value if value.device == device else value.to(device)
+
     changed = False
     for node in graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, FakeTensor) and value.device != device:
-            node.meta["val"] = value.to(device)
+        if "val" in node.meta:
+            node.meta["val"] = tree_map_only(FakeTensor, moved, node.meta["val"])
         if "device" in node.kwargs and node.kwargs["device"] not in (None, device):
             node.kwargs = {**node.kwargs, "device": device}
             changed = True

@@ -8,6 +8,8 @@ import torch
 from tiny import Attention, Block, Mlp, Stack, randomise_routers
 from tolerances import TOLERANCES, deviation
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves
 
 from modcompile.capture import capture
 from modcompile.config import MoDConfig
@@ -240,6 +242,10 @@ def test_devices_in_the_graph_move_too():
         out = model(x.to("meta"))
         assert out.is_meta and out.shape == (3, 63, 8)
     assert "device(type='cpu')" not in moved.format()
+    # What is known of the values has moved with them, of those that are several too: later passes go by it.
+    known = [node.meta.get("val") for node in moved.program.graph.nodes]
+    assert {type(value) for value in known} >= {tuple, FakeTensor}
+    assert {value.device.type for value in tree_leaves(known) if isinstance(value, FakeTensor)} == {"meta"}
     assert mod(x).device.type == "cpu"
 
 
