@@ -13,8 +13,6 @@ what routing costs, and what it does not touch.
 """
 
 import argparse
-import json
-import os
 import platform
 import statistics
 import tempfile
@@ -22,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from cells import Cells
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
@@ -98,18 +97,18 @@ def measure(task: str, options: argparse.Namespace) -> dict:
     times = take_turns(runs, device, rounds=options.rounds, warmup=options.warmup, seed=0, say=lambda _: None)
     results = {name: {"step_ms": times[f"{name} step"], "gradients_ms": times[f"{name} gradients"],
                       "flops": flops[name]} for name in models}
-    return {"task": task, "dropped_blocks": len(dropped), "models": results}
+    return {"dropped_blocks": len(dropped), "models": results}
 
 
-def table(tasks: list[dict]) -> str:
+def table(tasks: dict[str, dict]) -> str:
     """Medians, and each over the dense model's."""
     lines = [f"{'task':<15} {'model':<7} {'FLOPs':>6} {'step ms':>9} {'/dense':>7} {'gradients':>10} {'/dense':>7}"]
-    for task in tasks:
-        dense = task["models"]["dense"]
-        for name, one in task["models"].items():
+    for task, measured in tasks.items():
+        dense = measured["models"]["dense"]
+        for name, one in measured["models"].items():
             step, gradients, of_step, of_gradients = (
                 statistics.median(m[key]) for m in (one, dense) for key in ("step_ms", "gradients_ms"))
-            lines.append(f"{task['task']:<15} {name:<7} {one['flops'] / dense['flops']:6.3f} {step:9.2f} "
+            lines.append(f"{task:<15} {name:<7} {one['flops'] / dense['flops']:6.3f} {step:9.2f} "
                          f"{step / of_step:7.3f} {gradients:10.2f} {gradients / of_gradients:7.3f}")
     return "\n".join(lines)
 
@@ -138,23 +137,14 @@ def main() -> None:
     path = Path(options.output or Path(tempfile.mkdtemp()) / "bench-training.json")
 
     where = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
-    about = {"machine": where, "torch": torch.__version__,
-             "options": {name: value for name, value in sorted(vars(options).items())
-                         if name not in ("output", "tasks")}}
-    results = {**about, "tasks": []}
-    if path.exists():
-        results = json.loads(path.read_text(encoding="utf-8"))
-        if {name: results[name] for name in about} != about:
-            raise SystemExit(f"{path} is of another machine, torch or command: give another --output")
+    cells = Cells(path, {"machine": where, "torch": torch.__version__, **{
+        name: value for name, value in sorted(vars(options).items()) if name not in ("output", "tasks")}})
     for task in options.tasks:
-        if task not in [done["task"] for done in results["tasks"]]:
-            results["tasks"].append(measure(task, options))
-            # Whole or not at all.
-            path.with_suffix(".partial").write_text(json.dumps(results, indent=1), encoding="utf-8")
-            os.replace(path.with_suffix(".partial"), path)
+        if task not in cells:
+            cells.write(task, measure(task, options))
             torch._dynamo.reset()
     print(f"{where}, {options.batch} x {options.length}, {options.precision}")
-    print(table(results["tasks"]))
+    print(table(cells.report["cells"]))
     print("written:", path)
 
 

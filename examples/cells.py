@@ -20,7 +20,7 @@ class Cells:
         self.setting = json.loads(json.dumps(setting))
         if (found := self.report["setting"]) != self.setting:
             changed = sorted(key for key in found.keys() | self.setting if found.get(key) != self.setting.get(key))
-            raise SystemExit(f"{file} is of other options ({', '.join(changed)}): name another folder")
+            raise SystemExit(f"{file} is of other options ({', '.join(changed)}): name another")
 
     @property
     def report(self) -> dict[str, Any]:

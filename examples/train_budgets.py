@@ -18,7 +18,6 @@ import argparse
 import copy
 import dataclasses
 import doctest
-import json
 import math
 import tempfile
 import time
@@ -167,37 +166,31 @@ def stochastic(mod: mc.MoDModel) -> mc.MoDModel:
 
 
 def prepare(graph: mc.GraphModel, base: mc.MoDModel, calibration: list[dict[str, torch.Tensor]], sizes: dict[str, int],
-            options: argparse.Namespace) -> dict[str, Any]:
-    """Calibrates for every budget, into the folder. One process does it, others wait.
+            options: argparse.Namespace) -> dict[float, dict[str, Any]]:
+    """Calibrates for the budgets that the folder has no model for. One process does it, others wait.
 
     Returns:
-        By budget, the blocks that are pruned, and the calibrated model's report.
+        By budget, the largest first, the blocks that are pruned, and the calibrated model's report.
     """
-    kept = options.folder / "prepared.json"
-    how = {"budgets": sorted(options.budgets, reverse=True), **{key: getattr(options, key) for key in (
-        "attend_to", "calibration_sequences", "calibration_batch", "trial_batches", "exchanges")}}
-    with FileLock(kept.with_suffix(".lock")):
-        if kept.exists():
-            prepared = json.loads(kept.read_text(encoding="utf-8"))
-            if prepared["how"] != how:
-                raise SystemExit(f"{kept} was made with other options: name another folder")
-            return prepared
-        flops, started = count_flops(dense_model(base), sizes), time.perf_counter()
-        order = pruning_order(graph, calibration, min(how["budgets"]), trial_batches=options.trial_batches)
-        counts = [next(n for n in range(1, len(order) + 1)
-                       if count_flops(pruned_model(base, order[:n]), sizes) <= budget * flops)
-                  for budget in how["budgets"]]  # fmt: skip
-        shares = [count_flops(pruned_model(base, order[:n]), sizes) / flops for n in counts]
-        results = calibrate_each(graph, calibration, shares, attend_to=options.attend_to,
-                                 trial_batches=options.trial_batches, exchanges=options.exchanges,
-                                 seed=options.seed)
-        prepared: dict[str, Any] = {"how": how, "budgets": {}}
-        for budget, count, result in zip(how["budgets"], counts, results, strict=True):
-            result.mod.save_pretrained(options.folder / f"calibrated-{budget}", overwrite=True)
-            prepared["budgets"][str(budget)] = {"pruned": order[:count], "calibrated": result.report}
-        prepared["seconds"] = time.perf_counter() - started
-        kept.write_text(json.dumps(prepared, indent=1) + "\n", encoding="utf-8")
-        return prepared
+    budgets = sorted(options.budgets, reverse=True)
+    prepared = Cells(options.folder / "prepared.json", {key: getattr(options, key) for key in (
+        "attend_to", "calibration_sequences", "calibration_batch", "trial_batches", "exchanges")})
+    with FileLock(options.folder / "preparing.lock"):
+        if missing := [budget for budget in budgets if str(budget) not in prepared]:
+            flops, started = count_flops(dense_model(base), sizes), time.perf_counter()
+            order = pruning_order(graph, calibration, min(missing), trial_batches=options.trial_batches)
+            counts = [next(n for n in range(1, len(order) + 1)
+                           if count_flops(pruned_model(base, order[:n]), sizes) <= budget * flops)
+                      for budget in missing]  # fmt: skip
+            shares = [count_flops(pruned_model(base, order[:n]), sizes) / flops for n in counts]
+            results = calibrate_each(graph, calibration, shares, attend_to=options.attend_to,
+                                     trial_batches=options.trial_batches, exchanges=options.exchanges,
+                                     seed=options.seed)
+            for budget, count, result in zip(missing, counts, results, strict=True):
+                result.mod.save_pretrained(options.folder / f"calibrated-{budget}", overwrite=True)
+                prepared.write(str(budget), {"pruned": order[:count], "calibrated": result.report,
+                                             "seconds": time.perf_counter() - started})
+    return {budget: prepared.report["cells"][str(budget)] for budget in budgets}
 
 
 def compare(model: nn.Module, tokenizer: Callable[..., Any], options: argparse.Namespace) -> dict[str, Any]:
@@ -239,7 +232,7 @@ def compare(model: nn.Module, tokenizer: Callable[..., Any], options: argparse.N
     add("dense", "dense", lambda: copy.deepcopy(graph))
     if set(options.models) == {"dense"}:
         return cells.report
-    for budget, made in prepare(graph, base, calibration, sizes, options)["budgets"].items():
+    for budget, made in prepare(graph, base, calibration, sizes, options).items():
         def calibrated(budget=budget) -> mc.MoDModel:
             return mc.load(options.folder / f"calibrated-{budget}").to(device)
 
