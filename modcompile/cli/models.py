@@ -113,7 +113,7 @@ def convert(
             f"calibrated on {report['rows']} rows: {report['flops']:.1%} of the FLOPs, {dropped} blocks left out, "
             f"{report['objective']} loss {loss['calibrated']:.4g} (pruned {loss['pruned']:.4g}, "
             f"dense {loss['dense']:.4g})"))
-    elif mod.config.router not in ("attention", "noise"):
+    elif any(list(router.parameters()) for router in mod.routers.values()):
         shown = Group(shown, Text("its routers know nothing: train it, or convert with --calibrate TEXT --budget 0.7"))
     emit(as_json, data, shown)
 
