@@ -68,14 +68,7 @@ def wordnet_entailment(wordnet: WordNet, train: int, test: int, seed: int = 0) -
 def wordnet_questions(wordnet: WordNet, train: int, test: int, seed: int = 0) -> Task[Question]:
     """A passage that explains four nouns, and a question that one of them answers, by its definition or by its kind.
 
-    Args:
-        wordnet: The nouns.
-        train: How many examples to train on.
-        test: How many to measure on.
-        seed: Of what is drawn.
-
-    Raises:
-        UsageError: The nouns do not suffice for as many.
+    Arguments and errors are those of ``wordnet_entailment``.
     """
     def draw(side: _Side, chance: random.Random, number: int) -> Question | None:
         answer = side.pick(chance)
@@ -102,14 +95,7 @@ def wordnet_similarity(wordnet: WordNet, train: int, test: int, seed: int = 0) -
 
     A quarter each: of one synset; of two that are directly of one kind; of two that are remotely; any two.
 
-    Args:
-        wordnet: The nouns.
-        train: How many examples to train on.
-        test: How many to measure on.
-        seed: Of what is drawn.
-
-    Raises:
-        UsageError: The nouns do not suffice for as many.
+    Arguments and errors are those of ``wordnet_entailment``.
     """
     def draw(side: _Side, chance: random.Random, number: int) -> Rated | None:
         kind = number % 4
