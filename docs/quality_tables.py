@@ -84,6 +84,9 @@ def budgets(report: dict[str, Any]) -> str:
     def figures(cell: dict[str, Any]) -> str:
         return " | ".join(f"{cell['untrained'][text]:.3f}, {cell['trained'][text]:.3f}" for text in names)
 
+    # "pruned 0.9": the dense model first, then the larger budget.
+    cells = {name: cells[name] for name in sorted(cells, key=lambda name: (
+        -float([*name.split(), "1"][1]), list(MODELS).index(name.split()[0])))}
     lines = [f"| {MODELS[name.split()[0]]} | {cell['flops']:.3f} | {figures(cell)} |" for name, cell in cells.items()]
     lines += [f"| calibrated, each row decides ({cell['causal']['rows']:.2f} of its rows) | {cell['flops']:.3f} | "
               + " | ".join(f"{cell['causal']['losses'][text]:.3f}" for text in names) + " |"

@@ -193,7 +193,9 @@ class AotiRunner final : public Runner {
     recorded_->replay();
     outputs = recorded_outputs_;
 #else
+    // An engine on the CPU was refused when it was loaded.
     static_cast<void>(inputs), static_cast<void>(buffers), static_cast<void>(outputs);
+    throw std::logic_error("this library was built without CUDA");
 #endif
   }
 
