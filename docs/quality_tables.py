@@ -32,7 +32,11 @@ BUDGETS = """## A pretrained decoder, trained for a budget
 `examples/train_budgets.py`: {model}, *calibrated* for a budget, or *pruned* by whole blocks to the same FLOPs, then
 both trained on the same batches: {steps} steps of {batch} x {rows}, the text's loss and the dense model's
 predictions. *Random rows* have the calibrated model's blocks and capacities. Each figure: as made, then trained.
-The texts *anarchism* and *newsgroups* are of a kind that nothing was trained or calibrated on. {machine}.
+Calibration is done once, seeds are of the training. `examples/texts.py` makes the texts; *anarchism* and *newsgroups*
+are of a kind that nothing was trained or calibrated on. {machine}.
+"""
+DECIDED = """The calibrated models trained, where each row decides for itself by a threshold (*enter*: how many rows do, for
+each that top-k lets in):
 """
 TASKS = """## An encoder, on tasks
 
@@ -81,23 +85,30 @@ def budgets(report: dict[str, Any]) -> str:
     setting, cells = report["setting"], report["cells"]
     names = list(setting["held_out_tokens"])
 
-    def figures(cell: dict[str, Any]) -> str:
-        return " | ".join(f"{cell['untrained'][text]:.3f}, {cell['trained'][text]:.3f}" for text in names)
-
-    # "pruned 0.9": the dense model first, then the larger budget.
-    cells = {name: cells[name] for name in sorted(cells, key=lambda name: (
-        -float([*name.split(), "1"][1]), list(MODELS).index(name.split()[0])))}
-    lines = [f"| {MODELS[name.split()[0]]} | {cell['flops']:.3f} | {figures(cell)} |" for name, cell in cells.items()]
-    lines += [f"| calibrated, each row decides ({cell['causal']['rows']:.2f} of its rows) | {cell['flops']:.3f} | "
-              + " | ".join(f"{cell['causal']['losses'][text]:.3f}" for text in names) + " |"
-              for cell in cells.values() if "causal" in cell]  # fmt: skip
-    held_out = " ".join(f"{name}={name}.txt" for name in names)
+    seeds = sorted({name.split(", seed ")[1] for name in cells})
+    groups: dict[str, list[dict[str, Any]]] = {}
+    # "pruned 0.9, seed 0": the dense model first, then the larger budget.
+    for name in sorted(cells, key=lambda name: (
+            -float([*name.split(",")[0].split(), "9"][1]), list(MODELS).index(name.split(",")[0].split()[0]), name)):
+        groups.setdefault(name.split(",")[0], []).append(cells[name])
+    lines, decided = [], []
+    for name, found in groups.items():
+        figures = " | ".join(f"{spread(found, lambda c, t=text: c['untrained'][t])}, "
+                             f"{spread(found, lambda c, t=text: c['trained'][t])}" for text in names)
+        lines.append(f"| {MODELS[name.split()[0]]} | {found[0]['flops']:.3f} | {len(found)} | {figures} |")
+        if "causal" in found[0]:
+            figures = " | ".join(spread(found, lambda c, t=text: c["causal"]["losses"][t]) for text in names)
+            enter = mean(found, lambda c: c["causal"]["rows"])
+            decided.append(f"| {found[0]['flops']:.3f} | {enter:.2f} | {figures} |")
+    train = " ".join(f"texts/train/{name}" for name in setting["train"])
+    held_out = " ".join(f"{name}=texts/held-out/{name}.txt" for name in names)
     return "\n".join([
         BUDGETS.format(model=setting["model"], steps=setting["steps"], batch=setting["sizes"]["batch"],
                        rows=setting["sizes"]["sequence"], machine=setting["device"]),
-        *head("", "FLOPs", *names), *lines, "",
-        *command(f"python examples/train_budgets.py --train {' '.join(setting['train'])} --held-out {held_out} \\\n"
-                 f"    --steps {setting['steps']} --seed {setting['seed']} --device cuda")])
+        *head("", "FLOPs", "seeds", *names), *lines, "", DECIDED, *head("FLOPs", "enter", *names), *decided, "",
+        *command(f"python examples/train_budgets.py --train {train} \\\n"
+                 f"    --held-out {held_out} \\\n"
+                 f"    --steps {setting['steps']} --seeds {' '.join(seeds)} --device cuda --compile")])
 
 
 def tasks(reports: Sequence[dict[str, Any]]) -> str:

@@ -1,10 +1,12 @@
 """The figures of a comparison, by name, in one JSON file that several processes and calls add to."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 
 class Cells:
@@ -32,6 +34,18 @@ class Cells:
     def __contains__(self, name: str) -> bool:
         """Whether a cell is there, made by whichever process."""
         return name in self.report["cells"]
+
+    @contextlib.contextmanager
+    def claim(self, name: str) -> Iterator[bool]:
+        """Whether a cell is this process's to make: it is not there, and no other process is at it."""
+        lock = FileLock(self.file.with_name(f"{name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        with lock:
+            yield name not in self
 
     def write(self, name: str, cell: dict[str, Any]) -> None:
         """Adds a cell to the file."""

@@ -1,6 +1,7 @@
 """Trains a pretrained decoder for budgets of FLOPs, routed and pruned alike, and compares what is left of its quality.
 
     python examples/train_budgets.py --train docs.txt plays.txt --held-out docs=docs2.txt news=news.txt --device cuda
+        --seeds 0 1 --compile
     python examples/train_budgets.py --tiny     a random model on Python's own sources: that it runs, not what it can do
 
 For each budget: *calibrated*, what ``modcompile.calibrate`` makes; *pruned*, whole blocks dropped by measured loss;
@@ -10,14 +11,16 @@ as it was, and trained on the same batches too. Of the calibrated model there is
 itself, by a threshold, as generation must.
 
 Losses are nats per token of text that was not trained on; text of another kind than the training text shows most.
-Calibrated models and cells are written when they are done, and a second call goes on with the next. Several processes,
-each of other --models or --budgets, may share a folder.
+Calibration is done once; seeds are of the training, and say how far its figures move by chance. Calibrated models and
+cells are written when they are done, and a second call goes on with the next. Several processes with the same options
+may share a folder, and with it the work: each takes the next cell that none has.
 """
 
 import argparse
 import copy
 import dataclasses
 import doctest
+import itertools
 import math
 import tempfile
 import time
@@ -91,10 +94,10 @@ def losses(model: nn.Module, texts: Texts) -> dict[str, float]:
     return found
 
 
-def causal_losses(mod: mc.MoDModel, texts: Texts, options: argparse.Namespace) -> dict[str, Any]:
+def causal_losses(mod: mc.MoDModel, texts: Texts, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """The losses when each row decides for itself, and how many rows enter for each that top-k chose."""
     thresholds, taken, entered = QuantileThresholds(mod, decay=0.9), 0.0, 0.0
-    batches = texts.batches(options.batch, options.rows, options.seed + 1)
+    batches = texts.batches(options.batch, options.rows, seed + 1000)
     with torch.no_grad(), autocast(texts.train.device):
         for _ in range(options.threshold_batches):
             with mc.trace_routing(mod) as trace:
@@ -116,8 +119,9 @@ def cosine(optimizer: torch.optim.Optimizer, steps: int, warmup_share: float) ->
         (step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps)))
 
 
-def train(model: mc.GraphModel, teacher: mc.GraphModel, texts: Texts, options: argparse.Namespace) -> dict[str, float]:
-    """Trains in place.
+def train(model: mc.GraphModel, teacher: mc.GraphModel, texts: Texts, seed: int,
+          options: argparse.Namespace) -> dict[str, float]:
+    """Trains in place, on the batches of a seed.
 
     Returns:
         Seconds, and the mean training loss of the last tenth of the steps.
@@ -130,7 +134,7 @@ def train(model: mc.GraphModel, teacher: mc.GraphModel, texts: Texts, options: a
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], options.lr, (0.9, 0.95),
                                   weight_decay=0.0, fused=device.type == "cuda")
     schedule = cosine(optimizer, options.steps, WARMUP)
-    batches, last, start = texts.batches(options.batch, options.rows, options.seed), [], time.perf_counter()
+    batches, last, start = texts.batches(options.batch, options.rows, seed), [], time.perf_counter()
 
     def loss_of(ids: torch.Tensor) -> torch.Tensor:
         logits = model(ids).logits
@@ -184,8 +188,7 @@ def prepare(graph: mc.GraphModel, base: mc.MoDModel, calibration: list[dict[str,
                       for budget in missing]  # fmt: skip
             shares = [count_flops(pruned_model(base, order[:n]), sizes) / flops for n in counts]
             results = calibrate_each(graph, calibration, shares, attend_to=options.attend_to,
-                                     trial_batches=options.trial_batches, exchanges=options.exchanges,
-                                     seed=options.seed)
+                                     trial_batches=options.trial_batches, exchanges=options.exchanges)
             for budget, count, result in zip(missing, counts, results, strict=True):
                 result.mod.save_pretrained(options.folder / f"calibrated-{budget}", overwrite=True)
                 prepared.write(str(budget), {"pruned": order[:count], "calibrated": result.report,
@@ -211,44 +214,60 @@ def compare(model: nn.Module, tokenizer: Callable[..., Any], options: argparse.N
         "train": [path.name for path in options.train], "train_tokens": len(train_tokens),
         "held_out_tokens": {name: part.numel() for name, part in texts.held_out.items()}, "sizes": sizes,
         "steps": options.steps, "lr": options.lr, "router_lr": options.router_lr, "distill": options.distill,
-        "seed": options.seed, "torch": torch.__version__,
+        "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"})
 
-    def cell(candidate: mc.GraphModel, **further: Any) -> dict[str, Any]:
+    def cell(candidate: mc.GraphModel, seed: int, **further: Any) -> dict[str, Any]:
         before = losses(candidate, texts)
-        spent = train(candidate, graph, texts, options)
+        spent = train(candidate, graph, texts, seed, options)
         made = {"flops": count_flops(candidate, sizes) / flops, "untrained": before,
                 "trained": losses(candidate, texts), **spent, **further}  # fmt: skip
         decides = isinstance(candidate, mc.MoDModel) and any(list(r.parameters()) for r in candidate.routers.values())
-        return made | ({"causal": causal_losses(candidate, texts, options)} if decides else {})
+        return made | ({"causal": causal_losses(candidate, texts, seed, options)} if decides else {})
 
-    def add(kind: str, name: str, make: Callable[[], mc.GraphModel], **further: Any) -> None:
-        # Every one begins with the dense model's own tensors.
-        if kind in options.models and name not in cells:
-            cells.write(name, made := cell(make(), **further))
-            print(f"{name:24} {made['flops']:.3f}  " + "  ".join(f"{k} {v:.3f}" for k, v in made["trained"].items()),
-                  flush=True)  # fmt: skip
+    def add(name: str, seed: int, make: Callable[[], mc.GraphModel], **further: Any) -> None:
+        name = f"{name}, seed {seed}"
+        with cells.claim(name) as is_ours:
+            if is_ours:
+                cells.write(name, made := cell(make(), seed, **further))
+                print(f"{name:24} {made['flops']:.3f}  " + "  ".join(
+                    f"{k} {v:.3f}" for k, v in made["trained"].items()), flush=True)
 
-    add("dense", "dense", lambda: copy.deepcopy(graph))
+    # Every one begins with the dense model's own tensors.
+    if "dense" in options.models:
+        for seed in options.seeds:
+            add("dense", seed, lambda: copy.deepcopy(graph))
     if set(options.models) == {"dense"}:
         return cells.report
-    for budget, made in prepare(graph, base, calibration, sizes, options).items():
-        def calibrated(budget=budget) -> mc.MoDModel:
-            return mc.load(options.folder / f"calibrated-{budget}").to(device)
+    prepared = prepare(graph, base, calibration, sizes, options)
+    # What is to be told apart comes first, then the control.
+    for kinds in (("pruned", "calibrated"), ("stochastic",)):
+        for seed, (budget, made), kind in itertools.product(options.seeds, prepared.items(), kinds):
+            if kind not in options.models:
+                continue
 
-        add("pruned", f"pruned {budget}", lambda made=made: copy.deepcopy(pruned_model(base, made["pruned"])))
-        add("calibrated", f"calibrated {budget}", calibrated, calibration=made["calibrated"])
-        add("stochastic", f"stochastic {budget}", lambda calibrated=calibrated: stochastic(calibrated()))
+            def make(budget=budget, made=made, kind=kind) -> mc.GraphModel:
+                if kind == "pruned":
+                    return copy.deepcopy(pruned_model(base, made["pruned"]))
+                mod = mc.load(options.folder / f"calibrated-{budget}").to(device)
+                return mod if kind == "calibrated" else stochastic(mod)
+
+            add(f"{kind} {budget}", seed, make, **({"calibration": made["calibrated"]} if kind == "calibrated" else {}))
     return cells.report
+
+
+def place(name: str) -> tuple[float, int, str]:
+    """Where a cell such as "pruned 0.9, seed 0" stands: the larger budget first, and in the order of MODELS."""
+    what, seed = name.split(", ")
+    kind, *budget = what.split()
+    return -float(budget[0]) if budget else -math.inf, MODELS.index(kind), seed
 
 
 def table(report: dict[str, Any]) -> str:
     """The figures as Markdown."""
     names = list(report["setting"]["held_out_tokens"])
     lines = [f"| | FLOPs | {' | '.join(names)} | seconds |", "|---" * (len(names) + 3) + "|"]
-    # "pruned 0.9": the larger budget first, and in the order of MODELS.
-    order = sorted(report["cells"], key=lambda name: (-float([*name.split(), "1"][1]), MODELS.index(name.split()[0])))
-    for name in order:
+    for name in sorted(report["cells"], key=place):
         cell = report["cells"][name]
         figures = [f"{cell['untrained'][text]:.3f} -> {cell['trained'][text]:.3f}" for text in names]
         lines.append(f"| {name} | {cell['flops']:.3f} | {' | '.join(figures)} | {cell['seconds']:.0f} |")
@@ -283,7 +302,7 @@ def main() -> None:
     parser.add_argument("--threshold-batches", type=int, default=16)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true", help="the training step, with torch.compile")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the training batches")
     parser.add_argument("--folder", type=Path, default=Path("budgets"), help="where the figures go, as budgets.json")
     parser.add_argument("--tiny", action="store_true", help="a random model, small sizes, no files needed")
     options = parser.parse_args()
@@ -291,7 +310,7 @@ def main() -> None:
     hf.logging.disable_progress_bar()
     # Losses are compared, not written down to their last digit: a GPU's products may round factors to 10 bits.
     torch.set_float32_matmul_precision("high")
-    torch.manual_seed(options.seed)
+    torch.manual_seed(0)
     if options.tiny:
         options.train, options.held_out = [Path(argparse.__file__)], [("code", Path(doctest.__file__))]
         options.batch, options.rows, options.steps, options.budgets = 2, 32, 4, [0.8]
