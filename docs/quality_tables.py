@@ -35,8 +35,8 @@ predictions. *Random rows* have the calibrated model's blocks and capacities. Ea
 Calibration is done once, seeds are of the training. `examples/texts.py` makes the texts; *anarchism* and *newsgroups*
 are of a kind that nothing was trained or calibrated on. {machine}.
 """
-DECIDED = """The calibrated models trained, where each row decides for itself by a threshold (*enter*: how many rows do, for
-each that top-k lets in):
+DECIDED = """The calibrated models trained, where each row decides for itself by a threshold (*enter*: how many rows do
+for each that top-k lets in):
 """
 TASKS = """## An encoder, on tasks
 
