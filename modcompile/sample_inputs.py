@@ -1,6 +1,6 @@
 """Random inputs that a model or an engine takes: words of the vocabulary, masks that hide nothing, normal floats."""
 
-__all__ = ["index_limits", "sample_inputs", "symbol_sizes"]
+__all__ = ["index_limits", "sample_inputs", "shapes_with", "symbol_sizes"]
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,8 @@ RESHAPES = {f"aten.{op}" for op in ("view.default", "reshape.default", "expand.d
 
 def sample_inputs(specs: Iterable[Any], shapes: Mapping[str, Sequence[int]] | None = None, *,
                   limits: Mapping[str, int] | None = None, padding_mask: str | None = None,
-                  seed: int = 0) -> dict[str, np.ndarray]:
-    """Random arrays by input name.
+                  seed: int = 0, given: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+    """Random arrays by input name, but for those that are given.
 
     Args:
         specs: The inputs, with ``name``, ``dtype`` and ``shape``: of a model, an engine or a manifest.
@@ -32,13 +32,14 @@ def sample_inputs(specs: Iterable[Any], shapes: Mapping[str, Sequence[int]] | No
         limits: For integer inputs, the least integer that is too large: see ``index_limits``. By default 2.
         padding_mask: The input that is nonzero at valid tokens, with a leading "~" zero there: it hides nothing.
         seed: The same seed gives the same arrays.
+        given: Arrays by input name that are taken as they are; their symbols have their sizes.
 
     Returns:
         Integers from 0 on, normally distributed floats; all ones for a boolean input and for an integer one that
         indexes nothing and is called a mask.
 
     Raises:
-        UsageError: A shape of no input, or one that does not fit.
+        UsageError: A shape or an array of no input, or one that does not fit.
 
     Example:
         >>> from modcompile.manifest import TensorSpec
@@ -47,8 +48,8 @@ def sample_inputs(specs: Iterable[Any], shapes: Mapping[str, Sequence[int]] | No
         array([[7, 5, 4],
                [2, 2, 0]])
     """
-    specs, limits = list(specs), limits or {}
-    sizes = symbol_sizes(specs, shapes)
+    specs, limits, given = list(specs), limits or {}, given or {}
+    sizes = symbol_sizes(specs, shapes_with(shapes, given))
     generator = np.random.default_rng(seed)
     arrays = {}
     for spec in specs:
@@ -58,7 +59,17 @@ def sample_inputs(specs: Iterable[Any], shapes: Mapping[str, Sequence[int]] | No
     if padding_mask is not None:
         name = padding_mask.removeprefix("~")
         arrays[name] = np.full_like(arrays[name], name == padding_mask)
+    for name, array in given.items():
+        if array.dtype != arrays[name].dtype:
+            raise UsageError("an input has another dtype", expected=arrays[name].dtype, found=array.dtype, where=name)
+        arrays[name] = array
     return arrays
+
+
+def shapes_with(shapes: Mapping[str, Sequence[int]] | None, given: Mapping[str, np.ndarray]
+                ) -> dict[str, Sequence[int]]:
+    """Shapes by input name, with those of arrays that are given."""
+    return {**(shapes or {}), **{name: array.shape for name, array in given.items()}}
 
 
 def symbol_sizes(specs: Iterable[Any], shapes: Mapping[str, Sequence[int]] | None) -> dict[str, int]:

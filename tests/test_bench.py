@@ -170,6 +170,13 @@ def test_inputs_are_random_and_hide_nothing(mod: MoDModel, builder: Builder):
     assert all(np.array_equal(other["hidden"], inputs["hidden"]) for other in builder.inputs)
 
 
+def test_inputs_that_are_given_reach_every_engine(mod: MoDModel, builder: Builder):
+    hidden = np.random.default_rng(0).standard_normal((2, 11, WIDTH)).astype(np.float32)
+    report = mc.benchmark(mod, inputs={"hidden": hidden}, runs=1, warmup=0)
+    assert report.shapes["attention_mask"] == (2, 11)
+    assert len(builder.inputs) > 1 and all(np.array_equal(given["hidden"], hidden) for given in builder.inputs)
+
+
 def test_routers_that_cannot_tell_rows_apart_are_replaced_on_a_copy(builder: Builder):
     mod = converted()
     report = mc.benchmark(mod, shapes=SHAPES, runs=1, warmup=0, variants=("mod",))

@@ -369,6 +369,8 @@ def test_an_edited_engine_is_an_integrity_error(call, engine, tmp_path):
 def test_verify(call, report, converted, dense, engine, tmp_path):
     assert report("verify", converted, engine, "--shape", "input_ids=3x9")
     assert call("verify", converted, engine, "--per-block")[0] == 0
+    np.savez(tmp_path / "text.npz", input_ids=np.arange(27).reshape(3, 9))
+    assert report("verify", converted, engine, "--input", tmp_path / "text.npz")
     # The routed engine is not the dense model's.
     code, _, err = call("verify", dense, engine)
     assert code == 4, err
@@ -403,7 +405,7 @@ def test_bench_hands_over_what_was_asked(call, converted, tmp_path, monkeypatch)
                 "--engines", tmp_path, "--keep-going", "--limit-s", "30", "--profile", "4",
                 "--option", "autotune=false", "--option", "device=cpu")[0] == 2
     del asked[0]["progress"]
-    assert asked == [{"runtime": "aoti", "precision": "fp16", "shapes": None, "runs": 30, "seed": 0,
+    assert asked == [{"runtime": "aoti", "precision": "fp16", "inputs": {}, "shapes": None, "runs": 30, "seed": 0,
                       "variants": ["dense", "mod", "compile"], "options": {"autotune": False, "device": "cpu"},
                       "folder": tmp_path, "keep_going": True, "limit_s": 30, "profile": 4}]
 

@@ -37,6 +37,23 @@ def test_one_symbol_is_one_size_and_one_seed_one_array():
     assert not np.array_equal(first["pixels"], other["pixels"])
 
 
+def test_arrays_that_are_given_are_taken_and_others_fit_them():
+    ids = np.arange(8).reshape(2, 4)
+    found = sample_inputs(SPECS, given={"ids": ids})
+    assert found["ids"] is ids
+    assert (found["attention_mask"].shape, found["bias"].shape) == ((2, 4), (4,))
+
+
+@pytest.mark.parametrize("given, problem", [
+    ({"ids": np.zeros((2, 4), np.int32)}, "an input has another dtype"),
+    ({"ids": np.zeros(4, np.int64)}, "the shape of input ids does not fit"),
+    ({"words": np.zeros((2, 4), np.int64)}, "there is no input of this name"),
+])
+def test_arrays_that_do_not_fit(given, problem):
+    with pytest.raises(UsageError, match=problem):
+        sample_inputs(SPECS, given=given)
+
+
 @pytest.mark.parametrize("mask, value", [("ids", 1), ("~ids", 0), ("~keep", False)])
 def test_the_padding_mask_hides_nothing(mask, value):
     assert (sample_inputs(SPECS, padding_mask=mask)[mask.removeprefix("~")] == value).all()

@@ -23,6 +23,8 @@ EngineArgument = Annotated[Path, typer.Argument(metavar="ENGINE", help="A folder
 Runtime = Annotated[Literal["ort", "tensorrt", "tensorrt-rtx", "torch-tensorrt", "aoti"],
                     typer.Option(help="What runs the engine.")]
 Seed = Annotated[int, typer.Option(help="Of random inputs.")]
+Inputs = Annotated[list[str] | None, typer.Option(
+    "--input", metavar="NAME=FILE.npy|FILE.npz", help="One input, or several by their names. May be repeated.")]
 
 
 def build(
@@ -104,9 +106,7 @@ def package(
 
 def run(
     engine: EngineArgument,
-    inputs: Annotated[list[str] | None, typer.Option(
-        "--input", metavar="NAME=FILE.npy|FILE.npz", help="One input, or several by their names. May be repeated.",
-    )] = None,
+    inputs: Inputs = None,
     random: Annotated[bool, typer.Option("--random", help="Random inputs where no --input gives one.")] = False,
     shape: opt.Shapes = None,
     seed: Seed = 0,
@@ -122,7 +122,7 @@ def run(
     arrays = _read_arrays(inputs)
     with working("loading the engine") as say, load_engine(engine, **options) as loaded:
         if random:
-            arrays = {**sample_inputs(loaded.inputs, shapes, seed=seed), **arrays}
+            arrays = sample_inputs(loaded.inputs, shapes, seed=seed, given=arrays)
         elif shapes:
             raise UsageError("--shape is the shape of random inputs", expected="--random", where="--shape")
         say("running")
@@ -144,27 +144,28 @@ def verify(
     tolerance: Annotated[float | None, typer.Option(
         min=0, help="Of errors relative to the model's numbers. By default 1e-4 in fp32, 1e-2 in fp16, 5e-2 in bf16.",
     )] = None,
+    inputs: Inputs = None,
     shape: opt.Shapes = None,
     seed: Seed = 0,
     option: opt.Options = None,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Compares an engine's outputs with its model's, on random inputs; exits with 4 where they differ."""
+    """Compares an engine's outputs with its model's, on random inputs or yours; exits with 4 where they differ."""
     import modcompile as mc
     from modcompile.convert import padding_mask
     from modcompile.load_source import load_graph
     from modcompile.sample_inputs import index_limits, sample_inputs
 
-    shapes, options = opt.read_shapes(shape), opt.read_options(option)
+    shapes, options, given = opt.read_shapes(shape), opt.read_options(option), _read_arrays(inputs)
     with working("loading the model") as say:
         graph = load_graph(model)
         say("loading the engine")
         with mc.load_engine(engine, **options) as loaded:
             say("comparing")
             config = graph.config if isinstance(graph, mc.MoDModel) else mc.MoDConfig()
-            inputs = sample_inputs(loaded.inputs, shapes, limits=index_limits(graph), seed=seed,
-                                   padding_mask=padding_mask(graph, config))
-            report = mc.verify(graph, loaded, inputs, per_block=per_block, tolerance=tolerance, options=options)
+            arrays = sample_inputs(loaded.inputs, shapes, limits=index_limits(graph), seed=seed,
+                                   padding_mask=padding_mask(graph, config), given=given)
+            report = mc.verify(graph, loaded, arrays, per_block=per_block, tolerance=tolerance, options=options)
     emit(as_json, report.to_dict(), report)
 
 
@@ -184,6 +185,7 @@ def bench(
     model: opt.ModelArgument,
     runtime: Runtime = "ort",
     precision: opt.Precision = "fp32",
+    inputs: Inputs = None,
     shape: opt.Shapes = None,
     runs: Annotated[int, typer.Option(min=1, help="How many times each engine runs.")] = 30,
     variants: Annotated[str, typer.Option(help="What is timed, separated by commas, in the order in which it is built: "
@@ -211,6 +213,7 @@ def bench(
     from modcompile.load_source import load_source, on_device
 
     config, shapes, options = opt.config_from(**conversion), opt.read_shapes(shape), opt.read_options(option)
+    given = _read_arrays(inputs)
     with working("loading the model") as say:
         source = load_source(model)
         if source.converted and conversion:
@@ -220,8 +223,8 @@ def bench(
         say("converting")
         mod = on_device(source.converted or mc.convert(source.model, source.example_inputs, config), device)
         report = mc.benchmark(mod, runtime=runtime, precision=precision, shapes=shapes, runs=runs, seed=seed,
-                              variants=[name.strip() for name in variants.split(",")], options=options, folder=engines,
-                              keep_going=keep_going, limit_s=limit_s, profile=profile, progress=say)
+                              variants=[name.strip() for name in variants.split(",")], inputs=given, options=options,
+                              folder=engines, keep_going=keep_going, limit_s=limit_s, profile=profile, progress=say)
     if output is not None:
         kept = {"title": title or model, "command": settings.command_line, **report.to_dict()}
         write_whole(output, lambda file: file.write(json.dumps(kept, indent=1).encode()))
