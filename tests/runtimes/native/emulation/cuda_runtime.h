@@ -55,6 +55,7 @@ struct cudaLaunchConfig_t {
 };
 
 inline dim3 threadIdx, blockIdx;
+using std::max;
 using std::min;
 
 namespace emulation {
@@ -274,6 +275,7 @@ T __ldcg(const T* address) {
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline float rsqrtf(float value) { return 1 / std::sqrt(value); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
