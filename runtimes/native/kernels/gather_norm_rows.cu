@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   float squares = 0;
   each_word(row, read, lane, [&](int64_t, Word<T, kCount> word) { add_squares<T, kCount>(word, mean, squares); });
-  const float scale = scale_of(squares, width, norm.epsilon);
+  const float scale = rsqrtf(sum_of_lanes(squares) / width + norm.epsilon);
 
   const auto* weights = static_cast<const Word<T, kCount>*>(norm.weight);
   each_word(weights, words, lane, [&](int64_t at, Word<T, kCount> weight) {

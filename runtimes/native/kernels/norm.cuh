@@ -1,4 +1,4 @@
-// A layer norm or an RMS norm of a row by a warp: what it takes, and what is done with each word.
+// A layer norm or an RMS norm of a row: what it takes, and what is done with each word.
 
 #ifndef MODCOMPILE_NORM_CUH_
 #define MODCOMPILE_NORM_CUH_
@@ -14,9 +14,11 @@ struct Norm {
   bool centered;  // a layer norm; otherwise the mean square is divided by
 };
 
+// The sum over a warp, or over each kLanes of its lanes.
+template <int kLanes = kWarp>
 __device__ __forceinline__ float sum_of_lanes(float value) {
 #pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
   return value;
 }
 
@@ -29,11 +31,6 @@ __device__ __forceinline__ void add_squares(Word<T, kCount> word, float mean, fl
     const float deviation = to_float(elements.at[i]) - mean;
     squares = fmaf(deviation, deviation, squares);
   }
-}
-
-// What a row's words are multiplied by, given the squares that its lanes have added up.
-__device__ __forceinline__ float scale_of(float squares, float width, float epsilon) {
-  return 1.0f / sqrtf(sum_of_lanes(squares) / width + epsilon);
 }
 
 // The norm of a row's word number `at`, where the norm's weight is `weight_word`.

@@ -21,7 +21,7 @@ POISON = 0xA5
 INDEX_DTYPES = [torch.int64, torch.int32]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 gpu = pytest.mark.gpu
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Guarded:
@@ -127,6 +127,13 @@ def run_route_rows(kernels, x, weight, bias, valid, capacity, index_dtype, works
     return logits.result(), positions.result().long(), bits(filled.result())
 
 
+def assert_logits(logits, x, weight, bias):
+    """What float32 sums of that many terms can be off, in any order."""
+    products = x.double() * weight.double()
+    bound = (x.shape[-1] + 2) * 2.0**-24 * (products.abs().sum(-1) + bias.abs())
+    assert ((logits - (products.sum(-1) + bias)).abs() <= bound).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("batch", "rows", "width", "capacity", "offsets"),
@@ -136,17 +143,13 @@ def run_route_rows(kernels, x, weight, bias, valid, capacity, index_dtype, works
 def test_route_rows(kernels, seed, dtype, batch, rows, width, capacity, offsets):
     x, weight, bias = torch.randn(batch, rows, width).to(dtype), torch.randn(width), torch.randn(1)
     workspace = kernels.workspace(batch, rows)
-    products = x.double() * weight.double()
-    expected = products.sum(-1) + bias
-    # What float32 sums of that many terms can be off, in any order.
-    bound = (width + 2) * 2.0**-24 * (products.abs().sum(-1) + bias.abs())
     for valid, index_dtype in zip((None, torch.rand(batch, rows) < 0.7), INDEX_DTYPES, strict=True):
         runs = [
             run_route_rows(kernels, x, weight, bias, valid, capacity, index_dtype, workspace, offsets)
             for _ in range(2)
         ]
         logits = runs[0][0]
-        assert ((logits - expected).abs() <= bound).all()
+        assert_logits(logits, x, weight, bias)
         assert_routed(runs[0][1:], logits, valid, capacity, "the logits that it gave")
         assert all(torch.equal(*pair) for pair in zip(*runs, strict=True)), "another result the second time"
         assert not workspace.any(), "the workspace is not ready for the next launch"
@@ -171,39 +174,89 @@ def assert_normed(normed, exact, weight, bias, centered, dtype):
     assert ((normed.double() - expected).abs() <= off).all()
 
 
+def run_sum_norm_route_rows(kernels, residual, product, product_bias, norm_weight, norm_bias, epsilon, centered, weight,
+                            bias, valid, capacity, index_dtype, offset=0):
+    """summed, normed, logits, positions and filled, twice the same; ``offset`` in elements, of what has rows."""
+    device, dtype, (batch, rows, _) = kernels.device, residual.dtype, residual.shape
+    workspace = kernels.workspace(batch, rows)
+    inputs = [put(residual, device, offset * dtype.itemsize),
+              *(put(value, device) for value in (product, product_bias, norm_weight, norm_bias))]
+    router = [put(value, device) for value in (weight, bias, valid)]
+    runs = []
+    for _ in range(2):
+        made = [Guarded(residual.shape, dtype, device, offset * dtype.itemsize) for _ in range(2)]
+        made += [Guarded((batch, rows), torch.float32, device),
+                 *(Guarded((batch, capacity), kind, device) for kind in (index_dtype, torch.bool))]
+        kernels.sum_norm_route_rows(*inputs, epsilon, centered, *router, *(value.tensor for value in made), workspace)
+        runs.append([value.result() for value in made])
+        assert not workspace.any(), "the workspace is not ready for the next launch"
+    assert all(torch.equal(bits(first), bits(second)) for first, second in zip(*runs, strict=True)), "another result"
+    return runs[0]
+
+
+def assert_border(found, residual, product, product_bias, norm_weight, norm_bias, centered, weight, bias, valid,
+                  capacity):
+    """What stands between two blocks: each step of it is held against the outcome of the one before."""
+    summed, normed, logits, positions, filled = found
+    dtype = residual.dtype
+    exact = residual.double() + product.double() + (0 if product_bias is None else product_bias.double())
+    # In float32, rounded once: the second of its two sums may be off by that much before.
+    off = torch.finfo(dtype).eps * exact.abs() + 4 * torch.finfo(torch.float32).eps * residual.abs() + 1e-6
+    assert ((summed.double() - exact).abs() <= off).all()
+    assert_normed(normed, summed.double(), norm_weight, norm_bias, centered, dtype)
+    assert_logits(logits, summed, weight, bias)
+    assert_routed((positions.long(), bits(filled)), logits, valid, capacity, "the logits that it gave")
+
+
 @pytest.mark.parametrize("centered", [True, False], ids=["layer norm", "RMS norm"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("batch", "rows", "width", "capacity", "offset"),
     [(1, 1, 1, 1, 0), (3, 33, 7, 5, 0), (2, 63, 64, 63, 0), (2, 63, 64, 8, 1), (2, 20, 1024, 3, 0), (1, 9, 2048, 9, 0),
-     (1, 9, 2056, 1, 0), (1, 2500, 8, 313, 0)])
+     (1, 9, 2056, 1, 0), (1, 9, 2051, 1, 0), (1, 2500, 8, 313, 0)])
 def test_sum_norm_route_rows(kernels, seed, dtype, batch, rows, width, capacity, offset, centered):
-    device, workspace = kernels.device, kernels.workspace(batch, rows)
     residual = (torch.randn(batch, rows, width) + 30 * torch.randn(batch, rows, 1)).to(dtype)
     product, norm_weight = torch.randn(batch, rows, width).to(dtype), torch.randn(width).to(dtype)
     product_bias, norm_bias = (torch.randn(width).to(dtype) if centered else None for _ in range(2))
+    case = (residual, product, product_bias, norm_weight, norm_bias)
     weight, bias = torch.randn(width), torch.randn(1)
-    exact = residual.double() + product.double() + (0 if product_bias is None else product_bias.double())
     for valid, index_dtype in zip((None, torch.rand(batch, rows) < 0.7), INDEX_DTYPES, strict=True):
-        summed, normed = (Guarded((batch, rows, width), dtype, device, offset * dtype.itemsize) for _ in range(2))
-        logits = Guarded((batch, rows), torch.float32, device)
-        positions, filled = (Guarded((batch, capacity), kind, device) for kind in (index_dtype, torch.bool))
-        kernels.sum_norm_route_rows(
-            put(residual, device, offset * dtype.itemsize), put(product, device), put(product_bias, device),
-            put(norm_weight, device), put(norm_bias, device), 1e-5, centered, put(weight, device), put(bias, device),
-            put(valid, device), summed.tensor, normed.tensor, logits.tensor, positions.tensor, filled.tensor, workspace)
-        found = summed.result()
-        # In float32, rounded once: the second of its two sums may be off by that much before.
-        off = torch.finfo(dtype).eps * exact.abs() + 4 * torch.finfo(torch.float32).eps * residual.abs() + 1e-6
-        assert ((found.double() - exact).abs() <= off).all()
-        assert_normed(normed.result(), found.double(), norm_weight, norm_bias, centered, dtype)
-        # As the kernel for the router and the route gives them, of the sum that was written.
-        expected = run_route_rows(kernels, found, weight, bias, valid, capacity, index_dtype, workspace,
-                                  (offset, 0))
-        for mine, other in zip((logits.result(), positions.result().long(), bits(filled.result())), expected,
-                               strict=True):
-            assert torch.equal(mine, other)
-        assert not workspace.any(), "the workspace is not ready for the next launch"
+        found = run_sum_norm_route_rows(kernels, *case, 1e-5, centered, weight, bias, valid, capacity, index_dtype,
+                                        offset)
+        assert_border(found, *case, centered, weight, bias, valid, capacity)
+
+
+# A word more, and a row takes twice the warps or twice the registers; the last is more than a team holds.
+@pytest.mark.parametrize("words", [1, 31, 32, 33, 64, 65, 96, 128, 129, 255, 256, 257, 511, 512, 513, 1030])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sum_norm_route_rows_of_every_team(kernels, seed, dtype, words):
+    width = words * 16 // dtype.itemsize
+    for (batch, rows), centered in zip([(1, 1), (3, 7), (1, 50), (2, 17)], [True, True, True, False], strict=True):
+        residual = (torch.randn(batch, rows, width) + 30 * torch.randn(batch, rows, 1)).to(dtype)
+        product, (product_bias, norm_weight, norm_bias) = torch.randn_like(residual), torch.randn(3, width).to(dtype)
+        case = (residual, product, product_bias, norm_weight, norm_bias if centered else None)
+        weight, bias, capacity = torch.randn(width), torch.randn(1), rows // 3 + 1
+        found = run_sum_norm_route_rows(kernels, *case, 1e-5, centered, weight, bias, None, capacity, torch.int64)
+        assert_border(found, *case, centered, weight, bias, None, capacity)
+
+
+@pytest.mark.parametrize("steps", [False, True], ids=["one mean", "a mean for each warp"])
+@pytest.mark.parametrize("width", [96, 300, 301, 512, 1000, 2048, 2100])
+def test_sum_norm_route_rows_far_from_zero(kernels, seed, width, steps):
+    """Nothing would be left of a mean square less the square of the mean, nor of warps' squares without their means."""
+    far, residual = 4000.0, 0.1 * torch.randn(2, 9, width)
+    if steps:
+        residual += (torch.arange(width) // 128) % 3  # 32 words of four
+    residual += far
+    zeros, ones = torch.zeros(width), torch.ones(width)
+    summed, normed, *_ = run_sum_norm_route_rows(kernels, residual, torch.zeros_like(residual), None, ones, zeros, 0.0,
+                                                 True, ones, torch.zeros(1), None, 3, torch.int64)
+    assert torch.equal(summed, residual)
+    exact = summed.double()
+    deviation = exact - exact.mean(-1, keepdim=True)
+    spread = deviation.square().mean(-1, keepdim=True).sqrt()
+    # A mean of float32 is off by a few units in its last place.
+    assert ((normed * spread - deviation).abs() <= 8 * 2.0**-24 * far + 1e-4 * deviation.abs()).all()
 
 
 def test_sum_norm_route_rows_of_nan(kernels, seed):

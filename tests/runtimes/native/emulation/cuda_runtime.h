@@ -2,9 +2,10 @@
 // tests the very code that a GPU runs.
 //
 // Every thread of a CTA is a fiber, and CTAs run one after another. A fiber runs until it waits for its warp or its CTA;
-// which one runs next is random, so that a missing barrier shows. Shared memory is filled with garbage before every CTA.
-// A warp whose lanes wait in different places, and a CTA in which nobody can go on, end the process with a message: on a
-// GPU they would be undefined. What is not seen here are races within what a warp does between two waits, and time.
+// which one runs next is random, and a warp may come to the CTA's next barrier before others have left the last one, so
+// that a missing barrier shows. Shared memory is filled with garbage before every CTA. A warp whose lanes wait in
+// different places, and a CTA in which nobody can go on, end the process with a message: on a GPU they would be
+// undefined. What is not seen here are races within what a warp does between two waits, and time.
 
 #pragma once
 
@@ -54,6 +55,7 @@ struct cudaLaunchConfig_t {
 };
 
 inline dim3 threadIdx, blockIdx;
+using std::max;
 using std::min;
 
 namespace emulation {
@@ -167,13 +169,18 @@ inline void run_block(unsigned threads) {
     progress = false;
     std::shuffle(order.begin(), order.end(), block.random);
     for (const unsigned warp : order) {
-      const unsigned first_lane = block.random() % kLanes;
-      for (unsigned i = 0; i < kLanes; ++i) {
-        threadIdx.x = warp * kLanes + (first_lane + i) % kLanes;
-        Fiber& fiber = block.fibers[threadIdx.x];
-        if (!fiber.can_run()) continue;
-        progress = true;
-        resume(fiber);
+      const bool goes_on = block.random() % 2 == 0;
+      for (bool runs = true; runs;) {
+        runs = false;
+        const unsigned first_lane = block.random() % kLanes;
+        for (unsigned i = 0; i < kLanes; ++i) {
+          threadIdx.x = warp * kLanes + (first_lane + i) % kLanes;
+          Fiber& fiber = block.fibers[threadIdx.x];
+          if (!fiber.can_run()) continue;
+          runs = progress = true;
+          resume(fiber);
+        }
+        runs = runs && goes_on;
       }
     }
   }
@@ -268,6 +275,7 @@ T __ldcg(const T* address) {
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline float rsqrtf(float value) { return 1 / std::sqrt(value); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
