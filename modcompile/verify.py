@@ -23,7 +23,7 @@ from torch import Tensor
 
 from modcompile.config import MoDConfig
 from modcompile.convert import padding_mask
-from modcompile.engine import Engine, build_engine, is_torch
+from modcompile.engine import Engine, build_engine, is_torch, load_options
 from modcompile.errors import ParityError, UsageError
 from modcompile.model import GraphModel, MoDModel
 from modcompile.ops import route
@@ -259,6 +259,8 @@ class _Case:
             options.setdefault("providers", engine.manifest.providers)
         if engine.runtime == "aoti":
             options.setdefault("device", engine.manifest.target["device"])
+        # It runs once, and hands out constants, such as a gate of 1: a CUDA graph of ONNX Runtime's cannot.
+        options |= load_options(engine.runtime, {"cuda_graph": False})
         # A dynamic engine's probe is dynamic too, for its graph is another one; but TensorRT then wants a profile, and
         # gets the inputs' own sizes.
         dynamic = engine.runtime in ("ort", "aoti") and any(

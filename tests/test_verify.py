@@ -258,11 +258,17 @@ def test_every_block_is_compared(mod: MoDModel, build: Callable):
         f"{FIRST} output", f"{SECOND} logits", f"{SECOND} gate", f"{SECOND} output"]
     assert all(item.max_abs_error == 0 for item in report.blocks)
     assert asked == [{"runtime": "ort", "precision": "fp32", "shapes": None, "opset": 18,
-                      "providers": ("CPUExecutionProvider",)}]
+                      "providers": ("CPUExecutionProvider",), "cuda_graph": False}]
     text = Console(width=120)
     with text.capture() as shown:
         text.print(report)
     assert f"{SECOND} logits  [3, 63]" in shown.get()
+
+
+def test_the_temporary_engine_records_no_cuda_graph(mod: MoDModel, build: Callable):
+    asked = build(mod)
+    mc.verify(mod, FakeEngine(mod), inputs_of(), per_block=True, options={"cuda_graph": True})
+    assert asked[0]["cuda_graph"] is False
 
 
 @pytest.mark.parametrize(("parameter", "block", "role"), [

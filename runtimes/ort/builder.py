@@ -20,7 +20,8 @@ import onnxruntime
 from google.protobuf.message import DecodeError, Message
 from modcompile.runtimes.ort.custom_ops import DOMAIN, LIBRARY, CustomOps, open_library, read_library
 from modcompile.runtimes.ort.fuse import fuse_for_cuda
-from modcompile.runtimes.ort.session import ENTRY, Provider, open_session, tensor_specs
+from modcompile.runtimes.ort.fuse.source import depends_on_inputs
+from modcompile.runtimes.ort.session import CONSTANT_OUTPUTS, ENTRY, Provider, open_session, tensor_specs
 
 from modcompile.engine import Shapes
 from modcompile.errors import IntegrityError, UnsupportedGraphError, UsageError
@@ -67,8 +68,9 @@ def build(onnx_path: Path, folder: Path, *, runtime: str, precision: str | None 
                          where=onnx_path, fix=f"export the model with precision={precision!r}")
     sizes = _fix_shapes(model, shapes or {}, onnx_path)
     names = tuple(p if isinstance(p, str) else p[0] for p in providers)
+    target = {}
     if "CUDAExecutionProvider" in names if fuse is None else fuse:
-        _write_fused(model, onnx_path, folder, custom_ops=bool(custom_ops and metadata.routed_blocks))
+        target |= _write_fused(model, onnx_path, folder, custom_ops=bool(custom_ops and metadata.routed_blocks))
     else:
         _place_weights(model, onnx_path, folder)
     library = _place_library(model, metadata, Path(custom_ops), folder) if custom_ops else None
@@ -86,7 +88,7 @@ def build(onnx_path: Path, folder: Path, *, runtime: str, precision: str | None 
         "routed_blocks": tuple(block.at(sizes) for block in metadata.routed_blocks),
         "passes": metadata.passes,
         "providers": names,
-        "target": {} if library is None else {"custom_ops": str(library)},
+        "target": target if library is None else {**target, "custom_ops": str(library)},
         "created_with": {"onnxruntime": onnxruntime.__version__},
     }
 
@@ -164,14 +166,20 @@ def _data_files(model: onnx.ModelProto, path: Path) -> dict[str, int]:
     return locations
 
 
-def _write_fused(model: onnx.ModelProto, path: Path, folder: Path, *, custom_ops: bool) -> None:
-    """Writes ``folder``'s model.onnx with ONNX Runtime's own operators, and its weights into one file beside it."""
+def _write_fused(model: onnx.ModelProto, path: Path, folder: Path, *, custom_ops: bool) -> dict[str, str]:
+    """Writes ``folder``'s model.onnx with ONNX Runtime's own operators, and its weights into one file beside it.
+
+    Returns:
+        What the manifest says of it: the outputs that are the same at every run, if any.
+    """
     # Before anything is read from them.
     _data_files(model, path)
     fused = ir.from_proto(model)
     ir.external_data.set_base_dir(fused.graph, path.parent)
     ir.save(fuse_for_cuda(fused, custom_ops=custom_ops), folder / ENTRY, external_data=f"{ENTRY}.data",
             size_threshold_bytes=_EMBEDDED_BYTES)
+    constants = [str(output.name) for output in fused.graph.outputs if not depends_on_inputs(output)]
+    return {CONSTANT_OUTPUTS: ", ".join(constants)} if constants else {}
 
 
 def _place_weights(model: onnx.ModelProto, path: Path, folder: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from modcompile.runtimes.ort.engine import OrtEngine, to_torch
-from modcompile.runtimes.ort.session import CUDA, ONNX_TYPES, Provider
+from modcompile.runtimes.ort.session import CONSTANT_OUTPUTS, CUDA, ONNX_TYPES, Provider
 
 from modcompile.engine import MORE_MEMORY, Tensor, as_numpy, as_torch, is_out_of_memory, is_torch
 from modcompile.errors import ModcompileError, UsageError
@@ -56,7 +56,7 @@ class CudaGraphEngine(OrtEngine):
         stream: The torch stream that it computes on, if it is one.
 
     Raises:
-        UsageError: The engine has a size that varies.
+        UsageError: The engine has a size that varies, or an output that is a constant.
         ModcompileError: There is too little memory.
     """
 
@@ -69,6 +69,10 @@ class CudaGraphEngine(OrtEngine):
             raise UsageError("a CUDA graph has one size", expected="an engine of static shapes",
                              found=", ".join(varying), where=folder,
                              fix="build the engine with shapes={...} for every input, or leave cuda_graph out")
+        if CONSTANT_OUTPUTS in manifest.target:
+            raise UsageError("a CUDA graph has no constants among its outputs", where=folder,
+                             expected="outputs that follow from inputs", found=manifest.target[CONSTANT_OUTPUTS],
+                             fix="leave them out of the model, or leave cuda_graph out")
         device_id = int(session.get_provider_options()[CUDA].get("device_id", 0))
         self._turn = threading.Lock()
         try:

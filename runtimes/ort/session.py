@@ -1,6 +1,7 @@
 """ONNX Runtime sessions: explicit providers, no fallback, and failures said in this package's errors."""
 
-__all__ = ["CUDA", "ENTRY", "ONNX_TYPES", "Optimization", "Provider", "open_session", "tensor_specs"]
+__all__ = ["CONSTANT_OUTPUTS", "CUDA", "ENTRY", "ONNX_TYPES", "Optimization", "Provider", "open_session",
+           "tensor_specs"]
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,9 @@ from modcompile.manifest import TensorSpec
 # The ONNX file of every ONNX Runtime engine.
 ENTRY = "model.onnx"
 CUDA = "CUDAExecutionProvider"
+# In a manifest's target: outputs that are the same at every run. ONNX Runtime copies them, which no capture allows, and
+# a capture that fails ends the process.
+CONSTANT_OUTPUTS = "constant outputs"
 _CUDA_DEFAULTS = {
     # float32 products stay in float32: their factors would be rounded to 10 bits.
     "use_tf32": "0",

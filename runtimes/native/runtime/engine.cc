@@ -168,7 +168,7 @@ void check_addresses(const std::vector<const Input*>& inputs, const std::vector<
   }
 }
 
-void check_static(const Manifest& manifest, const std::string& folder) {
+void check_graph(const Manifest& manifest, const std::string& folder) {
   std::vector<std::string> varying;
   for (const auto* specs : {&manifest.inputs, &manifest.outputs}) {
     for (const TensorSpec& spec : *specs) {
@@ -180,6 +180,12 @@ void check_static(const Manifest& manifest, const std::string& folder) {
     throw usage("a CUDA graph has one size",
                 {"an engine of static shapes", joined(varying), folder,
                  "build the engine with shapes={...} for every input, or leave cuda_graph out"});
+  }
+  // ONNX Runtime copies them, which no capture allows, and a capture that fails ends the process.
+  if (const auto constants = manifest.target.find("constant outputs"); constants != manifest.target.end()) {
+    throw usage("a CUDA graph has no constants among its outputs",
+                {"outputs that follow from inputs", constants->second, folder,
+                 "leave them out of the model, or leave cuda_graph out"});
   }
 }
 
@@ -281,7 +287,7 @@ Engine Engine::load(const std::string& folder, const LoadOptions& options) {
   if (options.device < 0) {
     throw usage("device does not fit", {"a GPU's number, from 0 on", std::to_string(options.device), "device", ""});
   }
-  if (options.cuda_graph) check_static(manifest, state->folder);
+  if (options.cuda_graph) check_graph(manifest, state->folder);
   verify_files(state->folder, manifest);
   state->stream = options.stream;
   state->cuda_graph = options.cuda_graph;

@@ -10,6 +10,7 @@ The rotary tables of a routed block, cosines and sines, are such rows.
 __all__ = ["fuse_tables"]
 
 import onnx_ir as ir
+from modcompile.runtimes.ort.fuse.source import depends_on_inputs
 from onnx_ir.passes import common
 from onnxscript.rewriter import MatchResult, RewriteRuleClassBase, RewriteRuleSet
 
@@ -51,7 +52,7 @@ class _CastRows(RewriteRuleClassBase):
 
     def check(self, op, table, positions, gathered, **_) -> MatchResult:
         result = MatchResult()
-        if not _takes_rows(gathered) or table.producer() is None or _depends_on_inputs(table):
+        if not _takes_rows(gathered) or table.producer() is None or depends_on_inputs(table):
             return result.fail("no gather of a computed table's rows")
         return result
 
@@ -62,17 +63,3 @@ class _CastRows(RewriteRuleClassBase):
 def _takes_rows(gathered: ir.Value) -> bool:
     node = gathered.producer()
     return node is not None and node.attributes.get_int("axis", 0) == 0
-
-
-def _depends_on_inputs(value: ir.Value) -> bool:
-    """Whether a value is computed from what a call brings: such a table may have more rows than are taken of it."""
-    pending, seen = [value], set[ir.Value]()
-    while pending:
-        value = pending.pop()
-        if value.is_graph_input():
-            return True
-        node = value.producer()
-        if node is not None and value not in seen:
-            pending += [each for each in node.inputs if each is not None]
-        seen.add(value)
-    return False

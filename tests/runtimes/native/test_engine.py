@@ -29,7 +29,15 @@ from modcompile.bundle import package
 from modcompile.doctor import find_ort_headers
 from modcompile.engine import build_engine, load_engine
 from modcompile.errors import IntegrityError, ModcompileError, RuntimeUnavailableError, UsageError
-from modcompile.manifest import MANIFEST_NAME, METADATA_KEY, ModelMetadata, RoutedBlock, _seal
+from modcompile.manifest import (
+    MANIFEST_NAME,
+    METADATA_KEY,
+    ModelMetadata,
+    RoutedBlock,
+    _seal,
+    read_manifest,
+    write_manifest,
+)
 
 # B batch  S rows  D model dim
 D = 33
@@ -237,6 +245,13 @@ def test_a_cuda_graph_of_a_size_that_varies(driver, bundles):
     assert driver.ask("load", bundles / "dynamic", "graph").startswith(
         "a CUDA graph has one size\n  expected: an engine of static shapes\n"
         "  found: input_ids int64 [batch, sequence], ")
+
+
+def test_a_cuda_graph_of_a_constant(driver, bundles, tmp_path):
+    folder = shutil.copytree(bundles / "static", tmp_path / "altered")
+    write_manifest(folder, {**dict(read_manifest(folder)), "target": {"constant outputs": "gate"}})
+    assert driver.ask("load", folder, "graph").startswith(
+        "a CUDA graph has no constants among its outputs\n  expected: outputs that follow from inputs\n  found: gate\n")
 
 
 def test_device_memory_of_an_engine_on_the_cpu(driver, bundles, tmp_path):

@@ -118,6 +118,16 @@ def test_sizes_that_vary(folders, as_cuda):
     assert "x float32 [B, S]" in str(caught.value) and "shapes={...}" in str(caught.value)
 
 
+def test_an_output_that_is_a_constant(as_cuda, tmp_path):
+    text = TWICE.replace("bool[B, S] positive)", "bool[B, S] positive, float[1] kept)").replace(
+        "<int64 zero = {0}>", "<int64 zero = {0}, float[1] one = {1}>").replace("{ y =", "{ kept = Neg (one) y =")
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "twice.onnx")
+    build_engine(tmp_path / "twice.onnx", tmp_path / "engine", shapes={"x": (2, 3)}, fuse=True).close()
+    load_engine(tmp_path / "engine", providers=[CUDA]).close()
+    with pytest.raises(UsageError, match=r"no constants among its outputs(.|\n)*found: kept"):
+        load_engine(tmp_path / "engine", providers=[CUDA], cuda_graph=True)
+
+
 def test_a_failing_run_names_the_shapes(folders, as_cuda, monkeypatch):
     with load_engine(folders / "static", providers=[CUDA], cuda_graph=True) as engine:
         def fail(binding):
