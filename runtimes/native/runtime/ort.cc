@@ -198,10 +198,14 @@ void append_cuda(Ort::SessionOptions& options, const Gpu& gpu) {
       {"arena_extend_strategy", "kSameAsRequested"},
       {"enable_cuda_graph", gpu.cuda_graph ? "1" : "0"},
   };
+  std::vector<const char*> keys, values;
+  for (const auto& [key, value] : pairs) {
+    keys.push_back(key);
+    values.push_back(value);
+  }
   try {
-    for (const auto& [key, value] : pairs) {
-      Ort::ThrowOnError(Ort::GetApi().UpdateCUDAProviderOptions(cuda, &key, &value, 1));
-    }
+    // All at once: a call puts the options that it does not name back to ONNX Runtime's own.
+    Ort::ThrowOnError(Ort::GetApi().UpdateCUDAProviderOptions(cuda, keys.data(), values.data(), keys.size()));
   } catch (const Ort::Exception& error) {
     throw Error(ErrorKind::kRuntimeUnavailable, "ONNX Runtime does not run on this GPU",
                 {"a GPU that the driver lists", "cuda:" + device + ": " + error.what(), "device",
