@@ -2,6 +2,8 @@
 
 __all__ = ["ONNX_BODIES", "check_positions", "flat_positions", "gather_rows"]
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ def gather_rows(x: Tensor, positions: Tensor) -> Tensor:
 
     Args:
         x: ``[B, S, ...]`` of any dtype.
-        positions: ``[B, K]`` int64 in 0..S-1, as ``route`` gives them.
+        positions: ``[B, K]`` int64 in 0..S-1, unique in a row, as ``route`` gives them.
 
     Returns:
         ``[B, K, ...]``, row copies of ``x``.
@@ -61,6 +63,33 @@ def check_positions(op: str, x: Tensor, positions: Tensor) -> None:
         )
 
 
+class _Gather(torch.autograd.Function):
+    """The gather, whose gradient is written to its rows and not added to them: positions are unique.
+
+    What autograd derives adds, which in half precision Inductor leaves to a kernel that sorts the positions first.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, positions: Tensor) -> Tensor:
+        # Rows of the flattened tensor are copied whole; a gather along dim 1 would read an index per element.
+        rows = x.flatten(0, 1).index_select(0, flat_positions(positions, x.shape[1]))  # [B * K, ...]
+        return rows.unflatten(0, positions.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        x, positions = inputs
+        ctx.save_for_backward(positions)
+        ctx.rows = x.shape[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (positions,) = ctx.saved_tensors
+        batch, rows = positions.shape[0], ctx.rows
+        zeros = grad.new_zeros(batch * rows, *grad.shape[2:])
+        flat = zeros.index_copy(0, flat_positions(positions, rows), grad.flatten(0, 1))
+        return flat.unflatten(0, (batch, rows)), None
+
+
 def _reference(x: Tensor, positions: Tensor) -> Tensor:
     if x.dim() < 2:
         raise UsageError(
@@ -71,9 +100,7 @@ def _reference(x: Tensor, positions: Tensor) -> Tensor:
             fix="add the missing batch or row dimension",
         )
     check_positions("gather_rows", x, positions)
-    # Rows of the flattened tensor are copied whole; a gather along dim 1 would read an index per element.
-    rows = x.flatten(0, 1).index_select(0, flat_positions(positions, x.shape[1]))  # [B * K, ...]
-    return rows.unflatten(0, positions.shape)
+    return _Gather.apply(x, positions)
 
 
 _ONNX_GATHER_ROWS = """

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
 from torch.export import Dim
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from modcompile.errors import UsageError
 from modcompile.ops import gather_rows
@@ -79,6 +80,15 @@ def test_opcheck():
 class Gather(torch.nn.Module):
     def forward(self, x, positions):
         return gather_rows(x, positions) * 2
+
+
+def test_the_gradient_is_written_and_not_added():
+    def gradient(x):
+        return torch.autograd.grad(gather_rows(x, torch.tensor([[0, 2], [1, 6]])).sum(), x)
+
+    graph = make_fx(gradient)(torch.randn(2, 7, 5, requires_grad=True)).graph
+    ops = {str(node.target) for node in graph.nodes if node.op == "call_function"}
+    assert "aten.index_copy.default" in ops and not any("add" in op and "index" in op for op in ops), ops
 
 
 @pytest.mark.parametrize("grad", [True, False])
