@@ -5,11 +5,12 @@
 
 Each JSON file is what ``modcompile bench --title TITLE -o FILE`` wrote; those in ``kernels`` are from
 ``tests/runtimes/native/bench_kernels.py``, those in ``trt86`` from ``tests/runtimes/native/trt86_bench.py``, those in
-``quality`` from examples.
+``training`` from ``examples/bench_training.py``, those in ``quality`` from other examples.
 """
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -143,11 +144,31 @@ def trt86(report: dict) -> str:
         "```sh", report["command"], "```", ""])
 
 
+def training(report: dict) -> str:
+    """Training steps, which examples/bench_training.py timed."""
+    setting = report["setting"]
+    graphs = setting.get("graphs", False)
+    lines = [f"## Training steps, {setting['machine']}, {'with' if graphs else 'without'} CUDA graphs", "",
+             f"A decoder of GPT-2 medium's shape ({setting['layers']} blocks of width {setting['width']}, "
+             f"{setting['batch']} x {setting['length']}, {setting['precision']}), alone and as a language model, under "
+             f"torch.compile; medians of {setting['rounds']} rounds. A step is *gradients* and AdamW's update.", "",
+             "| | | FLOPs | step ms | of dense | gradients ms | of dense |", "|---|---|---|---|---|---|---|"]
+    for task, cell in report["cells"].items():
+        dense = cell["models"]["dense"]
+        for name, one in cell["models"].items():
+            figures = [figure for key in ("step_ms", "gradients_ms") for figure in (
+                f"{statistics.median(one[key]):.2f}",
+                f"{statistics.median(one[key]) / statistics.median(dense[key]):.2f}")]
+            lines.append(f"| {task} | {name} | {one['flops'] / dense['flops']:.3f} | {' | '.join(figures)} |")
+    command = f"python examples/bench_training.py --output training.json{'' if graphs else ' --no-graphs'}"
+    return "\n".join([*lines, "", "```sh", command, "```", ""])
+
+
 def summary(reports: list[dict]) -> str:
-    """The table of the README: one line a report."""
+    """The table of the README: one line a title, of its latest report."""
     lines = ["| ms | machine | dense | MoD | oracle | pruned | dense/MoD | oracle/MoD |",
              "|---|---|---|---|---|---|---|---|"]
-    for report in reports:
+    for report in {report["title"]: report for report in reports}.values():
         times = {name: f"{timing['median_ms']:.4g}" for name, timing in report["timings"].items()}
         lines.append(f"| {report['title']} | {place(report)} | "
                      + " | ".join(times.get(name, "") for name in ("dense", "mod", "oracle", "pruned"))
@@ -158,13 +179,13 @@ def summary(reports: list[dict]) -> str:
 
 def written() -> dict[Path, str]:
     """The text of every file that comes from figures."""
-    reports, measured, native = (
+    reports, measured, native, steps = (
         [json.loads(path.read_text(encoding="utf-8")) for path in sorted((DOCS / "benchmarks" / part).glob("*.json"))]
-        for part in ("", "kernels", "trt86"))
+        for part in ("", "kernels", "trt86", "training"))
     readme = README.read_text(encoding="utf-8")
     before, rest = readme.split(START)
     after = rest.split(END)[1]
-    parts = [HEAD, *map(section, reports), *map(trt86, native), *map(kernels, measured)]
+    parts = [HEAD, *map(section, reports), *map(trt86, native), *map(training, steps), *map(kernels, measured)]
     return {PAGE: "\n".join(parts).rstrip() + "\n", QUALITY: quality_tables.page(DOCS / "benchmarks" / "quality"),
             README: f"{before}{START}\n{summary(reports)}\n{END}{after}"}
 

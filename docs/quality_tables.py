@@ -29,11 +29,13 @@ rows for which the decision is what top-k does, *enter* the share of rows that e
 """
 BUDGETS = """## A pretrained decoder, trained for a budget
 
-`examples/train_budgets.py`: {model}, *calibrated* for a budget, or *pruned* by whole blocks to the same FLOPs, then
-both trained on the same batches: {steps} steps of {batch} x {rows}, the text's loss and the dense model's
-predictions. *Random rows* have the calibrated model's blocks and capacities. Each figure: as made, then trained.
-Calibration is done once, seeds are of the training. `examples/texts.py` makes the texts; *anarchism* and *newsgroups*
-are of a kind that nothing was trained or calibrated on. {machine}.
+`examples/train_budgets.py`: {model}, *calibrated* for a budget, or *pruned* by whole blocks to the
+same FLOPs, then both trained on the same batches: {steps} steps of {batch} x {rows}, the text's loss and the dense
+model's predictions. *Random rows* have the calibrated model's blocks and capacities. Each figure: as made, then
+trained. Calibration is done once, seeds are of the training. `examples/texts.py` makes the texts; *anarchism* and
+*newsgroups* are of a kind that nothing was trained or calibrated on. {machine}.
+"""
+AHEAD = """By how much *calibrated* is ahead of *pruned*, both trained:
 """
 DECIDED = """The calibrated models trained, where each row decides for itself by a threshold (*enter*: how many rows do
 for each that top-k lets in):
@@ -93,19 +95,26 @@ def budgets(report: dict[str, Any]) -> str:
         groups.setdefault(name.split(",")[0], []).append(cells[name])
     lines, decided = [], []
     for name, found in groups.items():
-        figures = " | ".join(f"{spread(found, lambda c, t=text: c['untrained'][t])}, "
+        figures = " | ".join(f"{mean(found, lambda c, t=text: c['untrained'][t]):.3f}, "
                              f"{spread(found, lambda c, t=text: c['trained'][t])}" for text in names)
         lines.append(f"| {MODELS[name.split()[0]]} | {found[0]['flops']:.3f} | {len(found)} | {figures} |")
         if "causal" in found[0]:
             figures = " | ".join(spread(found, lambda c, t=text: c["causal"]["losses"][t]) for text in names)
             enter = mean(found, lambda c: c["causal"]["rows"])
             decided.append(f"| {found[0]['flops']:.3f} | {enter:.2f} | {figures} |")
+    ahead = []
+    for name, found in groups.items():
+        if name.startswith("calibrated") and (pruned := groups.get(name.replace("calibrated", "pruned"))):
+            pairs = list(zip(found, pruned, strict=False))
+            ahead.append(f"| {found[0]['flops']:.3f} | " + " | ".join(spread(
+                pairs, lambda pair, t=text: pair[1]["trained"][t] - pair[0]["trained"][t]) for text in names) + " |")
     train = " ".join(f"texts/train/{name}" for name in setting["train"])
     held_out = " ".join(f"{name}=texts/held-out/{name}.txt" for name in names)
     return "\n".join([
         BUDGETS.format(model=setting["model"], steps=setting["steps"], batch=setting["sizes"]["batch"],
                        rows=setting["sizes"]["sequence"], machine=setting["device"]),
-        *head("", "FLOPs", "seeds", *names), *lines, "", DECIDED, *head("FLOPs", "enter", *names), *decided, "",
+        *head("", "FLOPs", "seeds", *names), *lines, "", AHEAD, *head("FLOPs", *names), *ahead, "",
+        DECIDED, *head("FLOPs", "enter", *names), *decided, "",
         *command(f"python examples/train_budgets.py --train {train} \\\n"
                  f"    --held-out {held_out} \\\n"
                  f"    --steps {setting['steps']} --seeds {' '.join(seeds)} --device cuda --compile")])
@@ -145,12 +154,12 @@ def command(text: str) -> list[str]:
     return ["```sh", text, "```", ""]
 
 
-def mean(cells: Iterable[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> float:
+def mean(cells: Iterable[Any], value: Callable[[Any], float]) -> float:
     """Over seeds."""
     return statistics.fmean(map(value, cells))
 
 
-def spread(cells: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float], digits: int = 3) -> str:
+def spread(cells: Sequence[Any], value: Callable[[Any], float], digits: int = 3) -> str:
     """The mean over seeds, and how far they are from it."""
     middle = mean(cells, value)
     apart = max(abs(value(cell) - middle) for cell in cells)
