@@ -30,9 +30,11 @@ def add_function(model: ir.Model, text: str) -> None:
     model.functions[body.identifier()] = body
 
 
-def take_place(node: ir.Node, values: Sequence[ir.Value]) -> None:
-    """Has a new node's outputs used in the place of others, of the same types and shapes."""
+def take_place(node: ir.Node, values: Sequence[ir.Value | None]) -> None:
+    """Has a new node's outputs used in the place of others, of the same types and shapes; where None stands, not."""
     for old, new in zip(values, node.outputs, strict=True):
+        if old is None:
+            continue
         # One that the graph hands out keeps its name.
         old.name, new.name = f"{old.name}/unfused", old.name
         new.shape, new.type = old.shape, old.type

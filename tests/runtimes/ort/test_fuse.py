@@ -168,6 +168,42 @@ def test_a_sum_with_and_without_its_biases(added: str, norm: str, expected: set[
     assert (before[2] == after[2]).all()
 
 
+# What begins a model: words and their places, a norm, a product with a bias, and the next norm.
+BEGINNING = """<ir_version: 10, opset_import: ["": 23]>
+beginning (float[2, 9, 8] words) => (float[2, 9, 8] n, float[2, 9, 8] t)
+<float[1, 9, 8] places, float[8] g, float[8] d, float[8] c, float[8, 8] w, float[2, 9, 8] s, float[2, 9, 8] first,
+ float[2, 9, 8] o, float[2, 9, 8] a>
+{{
+    s = Add ({words})
+    first = LayerNormalization <axis = -1, epsilon = 0.001> (s, g, d)
+    o = MatMul (first, w)
+    a = Add ({product})
+    t = Add ({sum})
+    n = {norm}
+}}"""
+
+
+@pytest.mark.parametrize("norm", ["LayerNormalization <axis = -1> (t, g, d)", "RMSNormalization <axis = -1> (t, g)"],
+                         ids=["layer norm", "RMS norm"])
+@pytest.mark.parametrize(("words", "product", "sum"), [
+    ("words, places", "o, c", "s, a"), ("places, words", "c, o", "a, s")], ids=["sum first", "product first"])
+def test_the_sums_that_begin_a_model(words: str, product: str, sum: str, norm: str):
+    plain = onnx.parser.parse_model(BEGINNING.format(words=words, product=product, sum=sum, norm=norm))
+    generator = np.random.default_rng(0)
+    for name, shape in {"places": (1, 9, 8), "g": (8,), "d": (8,), "c": (8,), "w": (8, 8)}.items():
+        plain.graph.initializer.append(onnx.numpy_helper.from_array(
+            generator.standard_normal(shape).astype(np.float32), name))
+    given = {"words": generator.standard_normal((2, 9, 8)).astype(np.float32)}
+    fused = ir.to_proto(fuse_for_cuda(ir.from_proto(plain)))
+    before, after = (onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+                     .run(None, given) for model in (plain, fused))
+    assert farthest(list(map(torch.from_numpy, after)), list(map(torch.from_numpy, before))) <= ORT
+    # No sum is left, and nothing is added to a norm.
+    assert {node.op_type for node in fused.graph.node} <= {
+        "MatMul", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"}
+    assert not any("nothing" in name for node in fused.graph.node for name in node.input)
+
+
 # Rows of a table, as routed blocks gather those of rotary cosines; and of a weight.
 TABLE = """<ir_version: 10, opset_import: ["": 23]>
 tables (int64[2, 3] first, int64[2, 3] second) => (float16[2, 3, 4] a, float16[2, 3, 4] b, float16[2, 3, 4] c)
