@@ -70,7 +70,7 @@ def build(onnx_path: Path, folder: Path, *, runtime: str, precision: str | None 
     names = tuple(p if isinstance(p, str) else p[0] for p in providers)
     target = {}
     if "CUDAExecutionProvider" in names if fuse is None else fuse:
-        target |= _write_fused(model, onnx_path, folder, custom_ops=bool(custom_ops and metadata.routed_blocks))
+        target |= _write_fused(model, onnx_path, folder, custom_ops=bool(custom_ops) and _has_our_ops(model))
     else:
         _place_weights(model, onnx_path, folder)
     library = _place_library(model, metadata, Path(custom_ops), folder) if custom_ops else None
@@ -206,7 +206,7 @@ def _place_library(model: onnx.ModelProto, metadata: ModelMetadata, source: Path
     """Copies the custom-op library into ``folder`` and loads it, if the model has ops that it is for."""
     content = read_library(source)
     library = open_library(content, source)
-    if not any(entry.domain == DOMAIN for entry in model.opset_import):
+    if not _has_our_ops(model):
         if metadata.routed_blocks:
             raise UsageError("the model has no ops of ours that custom ops could run",
                              expected=f"nodes of the domain {DOMAIN}", found="a flattened model", where="custom_ops",
@@ -215,6 +215,10 @@ def _place_library(model: onnx.ModelProto, metadata: ModelMetadata, source: Path
         return None
     (folder / LIBRARY).write_bytes(content)
     return library
+
+
+def _has_our_ops(model: onnx.ModelProto) -> bool:
+    return any(entry.domain == DOMAIN for entry in model.opset_import)
 
 
 def _check_data(source: Path, size: int, model: Path) -> None:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 from modcompile.runtimes.ort.fuse.edit import add_constant
+from modcompile.runtimes.ort.fuse.source import depends_on_inputs
 
 DOMAIN = "com.microsoft"
 # Of a sequence, up to which one product of three is faster on an H100.
@@ -64,6 +65,8 @@ def _take_biases(graph: ir.Graph, node: ir.Node) -> None:
         widths = {value.shape[-1] if value.shape else None for value in operands}
         if fused is None or len(widths) != 1 or not isinstance(widths.pop(), int):
             return
+        if fused.weight.const_value is None:
+            return
         if _has_few_rows(fused.x):
             _project_inside(graph, node, fused)
             return
@@ -76,7 +79,8 @@ def _take_biases(graph: ir.Graph, node: ir.Node) -> None:
         if len(found) != 3:
             return
         bias = add_constant(graph, f"{node.name}/bias", np.concatenate([_array(product.bias) for product in found]))
-        if all(product.x is found[0].x for product in found) and _has_few_rows(found[0].x):
+        if _has_few_rows(found[0].x) and all(
+                product.x is found[0].x and product.weight.const_value is not None for product in found):
             weights = np.concatenate([_array(product.weight) for product in found], axis=1)
             _project_inside(graph, node,
                             _Projection(found[0].x, add_constant(graph, f"{node.name}/weight", weights), bias))
@@ -125,7 +129,8 @@ def _biased_product(value: ir.Value | None) -> _Projection | None:
         if product is None or matmul is None or matmul.op_type != "MatMul" or len(product.uses()) != 1:
             continue
         x, weight = matmul.inputs
-        if x is None or weight is None or bias is None or weight.const_value is None or bias.const_value is None:
+        # A weight may be a slice of one, as where rows that pass by offer keys and values.
+        if x is None or weight is None or bias is None or bias.const_value is None or depends_on_inputs(weight):
             continue
         if len(bias.const_value.shape) == 1:
             return _Projection(x, weight, bias)

@@ -30,6 +30,7 @@ from modcompile.engine import build_engine, load_engine
 from modcompile.errors import IntegrityError, RuntimeUnavailableError, UsageError
 from modcompile.manifest import read_manifest
 from modcompile.ops import ONNX_DOMAIN, ONNX_DOMAIN_VERSION, gather_rows, merge_rows, route
+from modcompile.variants import other_attention_model
 
 # B batch  S rows  K capacity  D width
 NATIVE = Path(__file__).parents[3] / "runtimes" / "native"
@@ -439,6 +440,17 @@ def test_an_engine_with_custom_ops_gives_the_bodies_numbers(library, exported, t
             # The CPU runs bodies of float16 in float32, and rounds where the body ends.
             sides = (torch.from_numpy(side) for side in (actual, expected))
             assert deviation(*sides) <= TOLERANCES["ort"][torch.float16]
+
+
+def test_what_a_model_has_of_ours_is_told_by_its_graph(library, tmp_path):
+    """The other attend_to is a variant of a routed model, and names no routed blocks."""
+    torch.manual_seed(0)
+    routed = mc.convert(tiny.Stack(*(tiny.Block() for _ in range(2))), {"hidden": torch.randn(2, 5, tiny.WIDTH)},
+                        mc.MoDConfig(capacity_ratio=0.25))
+    build_engine(other_attention_model(routed), tmp_path / "engine", custom_ops=library, fuse=True,
+                 shapes={"hidden": (2, 63, tiny.WIDTH)}).close()
+    model = onnx.load(tmp_path / "engine" / "model.onnx", load_external_data=False)
+    assert any(node.op_type.endswith("RouteRows") for node in model.graph.node)
 
 
 def test_the_library_takes_the_bodies_place(library, exported):

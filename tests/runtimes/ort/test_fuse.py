@@ -132,6 +132,25 @@ def test_a_norm_goes_before_the_merge_and_a_router_into_its_route(name: str, gat
     assert counts["GatherRows"] == (routed * 2 if name == "llama" else 0)
 
 
+def test_attention_to_all_rows_takes_the_biases_too(tmp_path: Path):
+    """Its weights are slices of one, and its queries are of fewer rows than its keys."""
+    member = family("gpt2-unmasked")
+    model = randomise_routers(mc.convert(mc.capture(member.build(), member.example()), config=mc.MoDConfig(
+        capacity_ratio=0.25, gate="straight-through", attend_to="all")))
+    inputs = member.inputs(3, 63, None, seed=2)
+    path = mc.export_onnx(model, tmp_path / "model.onnx", opset=23, shapes={k: v.shape for k, v in inputs.items()})
+    fused = fuse_for_cuda(ir.load(path), custom_ops=True)
+    ir.save(fused, tmp_path / "fused.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "fused.onnx", providers=["CPUExecutionProvider"])
+    found = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+    with torch.no_grad():
+        expected = model.run_graph(list(inputs.values()))
+    assert farthest([torch.from_numpy(value) for value in found], expected) <= ORT
+    attentions = [node for node in fused.graph if node.op_type == "MultiHeadAttention"]
+    assert len(attentions) == len(model.routed_blocks) and all(node.inputs[3] is not None for node in attentions)
+    assert not any(node.op_type == "Add" for node in fused.graph)
+
+
 def test_a_norm_stays_behind_the_merge_of_most_rows_and_of_sizes_that_vary(tmp_path: Path):
     member = family("gpt2-unmasked")
     for ratio, shapes in ((0.75, {"input_ids": (3, 63)}), (0.25, None)):
