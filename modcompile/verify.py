@@ -140,10 +140,11 @@ def verify(mod: GraphModel, engine: Engine, inputs: Mapping[str, Any], *, per_bl
     Rows of padding, as ``MoDConfig.padding_mask`` has them, may differ and are left out of outputs [B, S, ...]; so are
     sequences that are all padding of outputs [B, ...].
 
-    Where the outputs of a routed model differ, and with ``per_block`` in any case, an engine of the same runtime and
-    precision that also hands out its routing and every block's output is built in a temporary folder, unless ``engine``
-    is one (see ``modcompile.variants.with_routing_outputs``), and compared border by border. Near ties that the engine
-    decided differently are no failure: see the head of this file.
+    Where the outputs of a routed model differ, an engine of the same runtime and precision that also hands out its
+    routing is built in a temporary folder, unless ``engine`` is one (see ``modcompile.variants.with_routing_outputs``):
+    near ties that it decided differently are no failure, see the head of this file. If they do not explain the outputs,
+    and with ``per_block`` in any case, one is built that hands out every block's output too, and compared border by
+    border.
 
     Args:
         mod: The model, routed or captured; it computes in its own precision, wherever its tensors are.
@@ -151,7 +152,7 @@ def verify(mod: GraphModel, engine: Engine, inputs: Mapping[str, Any], *, per_bl
         inputs: Every input by name, as numpy arrays or torch tensors. Floats are cast to what either side takes.
         per_block: Compare every block; needs a routed model.
         tolerance: Instead of the one of ``TOLERANCES``.
-        options: Of ``build_engine``, for the temporary engine.
+        options: Of ``build_engine``, for the temporary engines.
 
     Raises:
         ParityError: An output differs. It says where, names the first block that differs if one does, and otherwise
@@ -173,6 +174,8 @@ def verify(mod: GraphModel, engine: Engine, inputs: Mapping[str, Any], *, per_bl
                  TOLERANCES[engine.manifest.precision] if tolerance is None else tolerance)
     outputs = case.compare(mod.outputs, case.found, case.expected)
     failed = next((item for item in outputs if not item.passed), None)
+    if failed and not per_block and isinstance(mod, MoDModel) and (report := case.explain(dict(options or {}))):
+        return report
     if per_block or (failed and isinstance(mod, MoDModel)):
         return case.walk(outputs, failed, dict(options or {}))
     if failed:
@@ -228,18 +231,33 @@ class _Case:
             found="; ".join([found, *map(str, routing)]),
             where=f"{failed.name} {list(failed.shape)} of {self.engine.folder}", fix=fix)
 
+    def explain(self, options: dict[str, Any]) -> VerifyReport | None:
+        """The report, if the outputs are the model's given the choices of an engine that hands out its routing alone.
+
+        Such an engine computes as this one does: one that hands out every hidden state too fuses less, and decides
+        near ties in ways of its own.
+        """
+        assert isinstance(self.mod, MoDModel)
+        probe = with_routing_outputs(self.mod)
+        own = all(spec.name in self.found for spec in probe.outputs)
+        values = self._values(probe, self.found if own else self._run_probe(probe, options))
+        expected, natural, forced = self._run_forced(probe, values)
+        given_choices = self.compare(self.mod.outputs, self.found, expected)
+        if not all(item.passed for item in given_choices):
+            return None
+        with contextlib.suppress(ParityError):
+            return self.report(given_choices, *self._compare_blocks(probe, values, expected, natural, forced))
+        return None
+
     def walk(self, outputs: tuple[Comparison, ...], failed: Comparison | None, options: dict[str, Any]) -> VerifyReport:
         """Compares border by border; ``failed`` is the output that differs, if one does."""
         assert isinstance(self.mod, MoDModel)
         probe = with_routing_outputs(self.mod, outputs=True)
         own = all(spec.name in self.found for spec in probe.outputs)
         found = self.found if own else self._run_probe(probe, options)
-        values = {spec.name: _as_torch(found[spec.name]).cpu() for spec in probe.outputs}
-        forced = self._choices(values)
-        run = _Forced(probe.graph_module, {key: value.to(self.tensors[0].device) for key, value in forced.items()})
-        with _evaluating(probe):
-            expected = dict(zip((spec.name for spec in probe.outputs), run.run(*self.tensors), strict=True))
-        blocks, routing = self._compare_blocks(probe, values, expected, run.natural, forced)
+        values = self._values(probe, found)
+        expected, natural, forced = self._run_forced(probe, values)
+        blocks, routing = self._compare_blocks(probe, values, expected, natural, forced)
         given_choices = self.compare(self.mod.outputs, found, expected)
         wrong = next((item for item in given_choices if not item.passed), None)
         if wrong:
@@ -252,6 +270,19 @@ class _Case:
                                  "built from other weights or options, or decides near ties in a way of its own; build "
                                  "it again, or from modcompile.variants.with_routing_outputs(mod) to know")
         return self.report(given_choices if failed else outputs, blocks, routing)
+
+    def _values(self, probe: GraphModel, found: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What the probe's engine hands out."""
+        return {spec.name: _as_torch(found[spec.name]).cpu() for spec in probe.outputs}
+
+    def _run_forced(self, probe: GraphModel, values: Mapping[str, Tensor]
+                    ) -> tuple[dict[str, Tensor], dict[tuple[str, str], Tensor], dict[tuple[str, str], Tensor]]:
+        """The model's values with an engine's choices, what it would have chosen itself, and the choices."""
+        forced = self._choices(values)
+        run = _Forced(probe.graph_module, {key: value.to(self.tensors[0].device) for key, value in forced.items()})
+        with _evaluating(probe):
+            expected = dict(zip((spec.name for spec in probe.outputs), run.run(*self.tensors), strict=True))
+        return expected, run.natural, forced
 
     def _run_probe(self, probe: GraphModel, options: dict[str, Any]) -> dict[str, Any]:
         engine = self.engine
@@ -294,6 +325,8 @@ class _Case:
         for path in (path for path in block_paths(self.mod) if path not in self.mod.config.dropped):
             for role in ("logits", "gate", "output") if path in axes else ("output",):
                 name = f"routing.{path}.{role}"
+                if name not in specs:
+                    continue
                 rows = self._valid_for("sequence") if role == "logits" and axes[path] == "sequence" else \
                     self._rows(specs[name])
                 item = _compare(f"{path} {role}", values[name], expected[name].cpu(), self.tolerance, rows)

@@ -75,14 +75,18 @@ def changed(model: MoDModel, name: str, by: float, seed: int = 0) -> MoDModel:
 
 @pytest.fixture
 def build(monkeypatch) -> Callable[..., list]:
-    """Lets verify build its engine of one model from another one; gives the list of what it asked for."""
+    """Lets verify build its engines of one model from another one; gives the list of what it asked for.
 
-    def arrange(model: MoDModel, tamper: Callable | None = None) -> list:
+    Of an engine that hands out every hidden state, ``whole`` takes the model's place.
+    """
+
+    def arrange(model: MoDModel, tamper: Callable | None = None, whole: MoDModel | None = None) -> list:
         asked = []
 
         def build_engine(probe: GraphModel, path: Path, **options):
             asked.append(options)
-            return FakeEngine(with_routing_outputs(model, outputs=True), tamper)
+            outputs = any(spec.name.endswith(".output") for spec in probe.outputs)
+            return FakeEngine(with_routing_outputs(whole if outputs and whole else model, outputs=outputs), tamper)
 
         monkeypatch.setattr(VERIFY, "build_engine", build_engine)
         return asked
@@ -346,6 +350,14 @@ def test_a_near_tie_explains_a_difference(undecided: MoDModel, build: Callable, 
     with console.capture() as shown:
         console.print(report)
     assert f"block {SECOND}: {difference.rows} rows chosen differently" in shown.get()
+
+
+def test_hidden_states_that_are_handed_out_may_decide_near_ties_another_way(undecided: MoDModel, build: Callable):
+    """An engine that hands out all of them fuses less: its choices are not those of the engine in question."""
+    other = nudged(undecided)
+    asked = build(other, whole=undecided)
+    (difference,) = mc.verify(undecided, FakeEngine(other), inputs_of(batch=13, padding=20)).routing
+    assert difference.block == SECOND and len(asked) == 1
 
 
 def test_a_near_tie_explains_nothing_of_an_engine_that_another_does_not_copy(undecided: MoDModel, build: Callable):
