@@ -68,7 +68,7 @@ def build(onnx_path: Path, folder: Path, *, runtime: str, precision: str | None 
                          where=onnx_path, fix=f"export the model with precision={precision!r}")
     sizes = _fix_shapes(model, shapes or {}, onnx_path)
     names = tuple(p if isinstance(p, str) else p[0] for p in providers)
-    target = {}
+    target: dict[str, str] = {}
     if "CUDAExecutionProvider" in names if fuse is None else fuse:
         target |= _write_fused(model, onnx_path, folder, custom_ops=bool(custom_ops) and _has_our_ops(model))
     else:

@@ -132,10 +132,9 @@ def _take_bias(skip: ir.Node) -> None:
     if len(skip.inputs) > place and skip.inputs[place] is not None:
         return
     for value, other in ((skip.inputs[0], skip.inputs[1]), (skip.inputs[1], skip.inputs[0])):
-        add = value.producer() if value is not None else None
-        if add is None or add.op_type != "Add" or add.domain or len(value.uses()) != 1 or value.is_graph_output():
+        if value is None or len(value.uses()) != 1 or value.is_graph_output():
             continue
-        for product, bias in (add.inputs, add.inputs[::-1]):
+        for product, bias in _summands(value):
             if bias.shape is not None and value.shape is not None and list(bias.shape) == list(value.shape[-1:]):
                 further = [*skip.inputs[2:place], *[None] * (place - len(skip.inputs))]
                 _set_inputs(skip, [product, other, *further, bias])
@@ -166,13 +165,20 @@ def _skip_nothing(graph: ir.Graph, norm: ir.Node) -> None:
 
 def _with_places(x: ir.Value) -> tuple[ir.Value, ir.Value] | None:
     """What x [B, S, D] is the sum of, if that is a tensor of its shape and one of [1, S, D]."""
-    add = x.producer()
-    if add is None or add.op_type != "Add" or add.domain or x.shape is None:
-        return None
-    for words, places in (add.inputs, add.inputs[::-1]):
-        if words.shape == x.shape and places.shape is not None and list(places.shape) == [1, *x.shape[1:]]:
+    for words, places in _summands(x):
+        if x.shape is not None and places.shape is not None and words.shape == x.shape and \
+                list(places.shape) == [1, *x.shape[1:]]:
             return words, places
     return None
+
+
+def _summands(value: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
+    """What a value is the sum of, in either order; nothing if it is none."""
+    add = value.producer()
+    if add is None or add.op_type != "Add" or add.domain:
+        return []
+    first, second = add.inputs
+    return [] if first is None or second is None else [(first, second), (second, first)]
 
 
 def _set_inputs(node: ir.Node, values: list[ir.Value | None]) -> None:
