@@ -11,13 +11,17 @@ import itertools
 import json
 import math
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from conftest import Kernels, build_for_gpu
 
 from modcompile.ops import route
+
+# What pytest finds for its conftest.
+sys.path.append(str(Path(__file__).parents[2]))
+from conftest import Kernels, build_for_gpu  # noqa: E402
 
 # B batch  S rows  K capacity  D width
 

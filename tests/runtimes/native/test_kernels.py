@@ -5,6 +5,7 @@ import itertools
 import random
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -500,6 +501,12 @@ def test_every_float_has_its_place_among_the_keys(tmp_path):
     assert built.returncode == 0, built.stderr
     done = subprocess.run([program], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_benchmark_starts():
+    done = subprocess.run([sys.executable, Path(__file__).with_name("bench_kernels.py"), "--help"], capture_output=True,
+                          text=True, cwd=ROOT)
+    assert done.returncode == 0 and "--only" in done.stdout, done.stderr
 
 
 @gpu
