@@ -21,7 +21,7 @@ from modcompile.ops import route
 
 # What pytest finds for its conftest.
 sys.path.append(str(Path(__file__).parents[2]))
-from conftest import Kernels, build_for_gpu  # noqa: E402
+from conftest import Kernels, build_for_gpu
 
 # B batch  S rows  K capacity  D width
 
