@@ -10,7 +10,8 @@ by logits with three digits. The policy is the one of autocast, with the residua
 1. Powers, reductions, exponentials, softmax and angles run in float32; so does what only a router needs, and its gate.
 2. Everything that meets a half value runs in half: products, attention, norms (which reduce in float32 inside),
    elementwise work. What does not (masks, rotary tables, the terms of a norm) stays float32 until it does.
-3. Parameters are cast once each, tied ones once for all; a router's stay.
+3. Parameters are cast once each, tied ones once for all; a router's stay. Buffers stay float32 until they meet a half
+   value: of the frequencies of rotary angles, three digits would leave nothing of a position past some hundred.
 4. Masks made of float32's lowest number are clamped to the half's, as are such numbers among arguments.
 5. The model's float inputs and outputs become half; integers, bools, and logits and gates that are handed out stay.
 """
@@ -60,9 +61,8 @@ class CastPrecision(Pass):
         """Walks the graph once, in order; a graph without float32 inputs or parameters has been cast already."""
         graph, half = graph_module.graph, dtype_from_name(self.dtype)
         protected = _router_only(graph)
-        sources = [node for node in graph.nodes if node.op in ("placeholder", "get_attr") and node not in protected
-                   and _dtype(node) == torch.float32]
-        if not sources:
+        if not any(node not in protected and _dtype(node) == torch.float32
+                   and (node.op == "placeholder" or _is_parameter(graph_module, node)) for node in graph.nodes):
             return PassResult(graph_module, False)
         cast = _Cast(graph_module, half, protected)
         for node in list(graph.nodes):
@@ -80,6 +80,10 @@ class CastPrecision(Pass):
 def _dtype(node: object) -> torch.dtype | None:
     value = node.meta.get("val") if isinstance(node, torch.fx.Node) else None
     return value.dtype if isinstance(value, torch.Tensor) else None
+
+
+def _is_parameter(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
+    return node.op == "get_attr" and isinstance(operator.attrgetter(str(node.target))(graph_module), torch.nn.Parameter)
 
 
 def _router_only(graph: torch.fx.Graph) -> set[torch.fx.Node]:
@@ -125,7 +129,7 @@ class _Cast:
         before = _dtype(node)
         if node.op == "placeholder" and before == torch.float32:
             self._retype_input(node)
-        elif node.op == "get_attr" and before == torch.float32 and node not in self.protected:
+        elif before == torch.float32 and node not in self.protected and _is_parameter(self.graph_module, node):
             self._cast_parameter(node)
         elif node.op == "output":
             node.args = torch.fx.node.map_arg(
@@ -198,9 +202,7 @@ class _Cast:
         tensor = getattr(holder, leaf)
         if tensor.dtype == torch.float32:
             if id(tensor) not in self.parameters:
-                made = tensor.detach().to(self.half)
-                is_parameter = isinstance(tensor, torch.nn.Parameter)
-                self.parameters[id(tensor)] = torch.nn.Parameter(made, requires_grad=False) if is_parameter else made
+                self.parameters[id(tensor)] = torch.nn.Parameter(tensor.detach().to(self.half), requires_grad=False)
             setattr(holder, leaf, self.parameters[id(tensor)])
         node.meta.pop("val", None)
         self.dtypes[node] = self.half

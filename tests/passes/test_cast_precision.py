@@ -94,6 +94,52 @@ def test_numbers_stay_near_the_float32_model(routed, dtype):
     assert found[valid].isfinite().all()
 
 
+class Rotary(nn.Module):
+    """Hidden states times cosines of their positions, the frequencies in a buffer."""
+
+    def __init__(self, width=32):
+        super().__init__()
+        self.register_buffer("frequencies", 1e4 ** -(torch.arange(width) / width), persistent=False)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x):
+        positions = torch.arange(x.shape[1], device=x.device).float()
+        return self.out(x * (positions[:, None] * self.frequencies).cos())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_angles_are_as_near_at_every_position(dtype):
+    """Frequencies of three digits would be a radian off by the thousandth position."""
+    torch.manual_seed(0)
+    model = capture(Rotary(), {"x": torch.randn(2, 5, 32)})
+    x = torch.randn(2, 2048, 32)
+    with torch.no_grad():
+        (expected,) = model.run_graph([x])
+        (found,) = cast(model, dtype)(x.to(getattr(torch, dtype)))
+    errors = (found.float() - expected).norm(dim=(0, 2)) / expected.norm(dim=(0, 2))  # [S]
+    assert errors.max() < 3 * TOLERANCE[dtype]
+
+
+def test_a_buffer_in_a_product_is_cast_where_it_meets_a_half_value():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("weight", torch.randn(8, 8))
+            self.out = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.out(x @ self.weight)
+
+    model = capture(Fixed(), {"x": torch.randn(2, 5, 8)})
+    flat = cast(model, "float16")
+    x = torch.randn(2, 5, 8)
+    error = flat(x.half())[0].float() - model.run_graph([x])[0]
+    assert error.norm() < 5e-3 * model.run_graph([x])[0].norm()
+    code = flat.code
+    PassManager([CastPrecision("float16")])(flat)
+    assert flat.code == code
+
+
 def test_the_model_itself_is_left_alone(routed):
     before = {name: tensor.dtype for name, tensor in routed.tensors().items()}
     cast(routed, "float16")
