@@ -5,12 +5,15 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
+from modcompile.runtimes.aoti.builder import lowering_passes
 from reference import mod_reference, random_routers
 from tolerances import EXACT, TOLERANCES, farthest
 from torch import Tensor
 from weights import minilm, smollm2
 
 import modcompile as mc
+from modcompile.export.flatten import flatten
+from modcompile.pass_manager import PassManager
 
 pytestmark = [pytest.mark.weights, pytest.mark.slow]
 
@@ -73,3 +76,15 @@ def test_an_eighth_of_the_rows_is_the_reference_and_onnx_runtime_agrees(pretrain
         assert farthest(actual, expected, valid) <= (DEEP if len(routed) > 10 else EAGER)
         arrays = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
         assert farthest([torch.from_numpy(array) for array in arrays], actual, valid) <= ORT
+
+
+@pytest.mark.long
+def test_half_precision_is_as_near_at_the_end_of_a_long_sequence():
+    model = smollm2()
+    ids = torch.randint(0, 49000, (1, 1024), generator=torch.Generator().manual_seed(11))
+    captured = mc.capture(model, {"input_ids": ids[:, :16]})
+    flat = PassManager(lowering_passes("fp16"))(flatten(captured, {"input_ids": tuple(ids.shape)}))
+    with torch.no_grad():
+        expected, (found, *_) = model(ids).logits, flat(ids)
+    errors = ((found.float() - expected).norm(dim=-1) / expected.norm(dim=-1))[0]  # [S]
+    assert errors.max() <= TOLERANCES["ort"][torch.float16]
