@@ -74,6 +74,8 @@ def build(onnx_path: Path, folder: Path, *, runtime: str, precision: str | None 
     else:
         _place_weights(model, onnx_path, folder)
     library = _place_library(model, metadata, Path(custom_ops), folder) if custom_ops else None
+    if library is not None:
+        target["custom_ops"] = str(library)
     # In memory, so that what is proved is what is written.
     content = (folder / ENTRY).read_bytes()
     session = open_session(content, folder, where=onnx_path, providers=providers, custom_ops=library)
@@ -88,7 +90,7 @@ def build(onnx_path: Path, folder: Path, *, runtime: str, precision: str | None 
         "routed_blocks": tuple(block.at(sizes) for block in metadata.routed_blocks),
         "passes": metadata.passes,
         "providers": names,
-        "target": target if library is None else {**target, "custom_ops": str(library)},
+        "target": target,
         "created_with": {"onnxruntime": onnxruntime.__version__},
     }
 

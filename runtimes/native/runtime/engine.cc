@@ -168,6 +168,9 @@ void check_addresses(const std::vector<const Input*>& inputs, const std::vector<
   }
 }
 
+// In the target of a manifest of ONNX Runtime's, as in runtimes/ort/session.py.
+constexpr char kConstantOutputs[] = "constant outputs";
+
 void check_graph(const Manifest& manifest, const std::string& folder) {
   std::vector<std::string> varying;
   for (const auto* specs : {&manifest.inputs, &manifest.outputs}) {
@@ -182,7 +185,7 @@ void check_graph(const Manifest& manifest, const std::string& folder) {
                  "build the engine with shapes={...} for every input, or leave cuda_graph out"});
   }
   // ONNX Runtime copies them, which no capture allows, and a capture that fails ends the process.
-  if (const auto constants = manifest.target.find("constant outputs"); constants != manifest.target.end()) {
+  if (const auto constants = manifest.target.find(kConstantOutputs); constants != manifest.target.end()) {
     throw usage("a CUDA graph has no constants among its outputs",
                 {"outputs that follow from inputs", constants->second, folder,
                  "leave them out of the model, or leave cuda_graph out"});

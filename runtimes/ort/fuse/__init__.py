@@ -10,6 +10,7 @@ __all__ = ["fuse_for_cuda"]
 
 import onnx_ir as ir
 from modcompile.runtimes.ort.fuse.attention import fuse_attention
+from modcompile.runtimes.ort.fuse.edit import MICROSOFT
 from modcompile.runtimes.ort.fuse.gather import fuse_gathers
 from modcompile.runtimes.ort.fuse.gelu import fuse_gelu
 from modcompile.runtimes.ort.fuse.mask import fuse_masks
@@ -40,5 +41,5 @@ def fuse_for_cuda(model: ir.Model, *, custom_ops: bool = False) -> ir.Model:
     # New nodes stand where the last of the old ones stood, which may be behind a user of another output.
     model.graph.sort()
     common.RemoveUnusedNodesPass()(model)
-    model.opset_imports.setdefault("com.microsoft", 1)
+    model.opset_imports.setdefault(MICROSOFT, 1)
     return model

@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
-from modcompile.runtimes.ort.fuse.edit import add_constant
-from modcompile.runtimes.ort.fuse.source import depends_on_inputs
+from modcompile.runtimes.ort.fuse.edit import MICROSOFT, add_constant, set_inputs
+from modcompile.runtimes.ort.fuse.source import depends_on_inputs, summands
 
-DOMAIN = "com.microsoft"
 # Of a sequence, up to which one product of three is faster on an H100.
 _FEW_ROWS = 256
 
@@ -46,12 +45,9 @@ def _contrib_attention(node: ir.Node) -> bool:
         made.append(ir.AttrFloat32("scale", scale))
     attributes.clear()
     attributes.update({attribute.name: attribute for attribute in made})
-    node.op_type, node.domain = "MultiHeadAttention", DOMAIN
+    node.op_type, node.domain = "MultiHeadAttention", MICROSOFT
     # query, key, value, bias, key_padding_mask, attention_bias
-    inputs = [query, key, value, *([None, None, mask] if mask is not None else [])]
-    node.resize_inputs(len(inputs))
-    for index, given in enumerate(inputs):
-        node.replace_input_with(index, given)
+    set_inputs(node, [query, key, value, *([None, None, mask] if mask is not None else [])])
     node.resize_outputs(1)
     return True
 
@@ -63,9 +59,7 @@ def _take_biases(graph: ir.Graph, node: ir.Node) -> None:
     if split is not None and split.op_type == "Split" and list(split.outputs) == operands:
         fused = _biased_product(split.inputs[0])
         widths = {value.shape[-1] if value.shape else None for value in operands}
-        if fused is None or len(widths) != 1 or not isinstance(widths.pop(), int):
-            return
-        if fused.weight.const_value is None:
+        if fused is None or fused.weight.const_value is None or len(widths) != 1 or not isinstance(widths.pop(), int):
             return
         if _has_few_rows(fused.x):
             _project_inside(graph, node, fused)
@@ -105,10 +99,7 @@ def _project_inside(graph: ir.Graph, node: ir.Node, projection: "_Projection") -
     mask = node.inputs[5] if len(node.inputs) > 5 else None
     node.op_type = "Attention"
     # input, weights, bias, mask_index, past, attention_bias
-    inputs = [*projection, *([None, None, mask] if mask is not None else [])]
-    node.resize_inputs(len(inputs))
-    for index, given in enumerate(inputs):
-        node.replace_input_with(index, given)
+    set_inputs(node, [*projection, *([None, None, mask] if mask is not None else [])])
 
 
 class _Projection(NamedTuple):
@@ -121,16 +112,15 @@ class _Projection(NamedTuple):
 
 def _biased_product(value: ir.Value | None) -> _Projection | None:
     """The product with a weight, and the bias that is added to it, that a value is; each used once."""
-    add = value.producer() if value is not None else None
-    if value is None or add is None or add.op_type != "Add" or len(value.uses()) != 1:
+    if value is None or len(value.uses()) != 1:
         return None
-    for product, bias in (add.inputs, add.inputs[::-1]):
-        matmul = product.producer() if product is not None else None
-        if product is None or matmul is None or matmul.op_type != "MatMul" or len(product.uses()) != 1:
+    for product, bias in summands(value):
+        matmul = product.producer()
+        if matmul is None or matmul.op_type != "MatMul" or len(product.uses()) != 1:
             continue
         x, weight = matmul.inputs
         # A weight may be a slice of one, as where rows that pass by offer keys and values.
-        if x is None or weight is None or bias is None or bias.const_value is None or depends_on_inputs(weight):
+        if x is None or weight is None or bias.const_value is None or depends_on_inputs(weight):
             continue
         if len(bias.const_value.shape) == 1:
             return _Projection(x, weight, bias)

@@ -1,6 +1,6 @@
 """What the rewrites of a graph have in common."""
 
-__all__ = ["add_constant", "add_function", "take_place"]
+__all__ = ["MICROSOFT", "add_constant", "add_function", "set_inputs", "take_place"]
 
 from collections.abc import Sequence
 
@@ -8,6 +8,9 @@ import numpy as np
 import onnx.parser
 import onnx_ir as ir
 from modcompile.runtimes.ort.custom_ops import DOMAIN, DOMAIN_VERSION
+
+# The domain of ONNX Runtime's own operators.
+MICROSOFT = "com.microsoft"
 
 
 def add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
@@ -28,6 +31,13 @@ def add_function(model: ir.Model, text: str) -> None:
     header = f'<domain: "{DOMAIN}", opset_import: ["": {model.opset_imports[""]}, "{DOMAIN}": {DOMAIN_VERSION}]>'
     body = ir.serde.deserialize_function(onnx.parser.parse_function(header + text))
     model.functions[body.identifier()] = body
+
+
+def set_inputs(node: ir.Node, values: Sequence[ir.Value | None]) -> None:
+    """Gives a node these inputs, in the place of whatever it has."""
+    node.resize_inputs(len(values))
+    for index, value in enumerate(values):
+        node.replace_input_with(index, value)
 
 
 def take_place(node: ir.Node, values: Sequence[ir.Value | None]) -> None:

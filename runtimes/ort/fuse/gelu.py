@@ -7,6 +7,7 @@ after:   %y = FastGelu(%p, %b)
 __all__ = ["fuse_gelu"]
 
 import onnx_ir as ir
+from modcompile.runtimes.ort.fuse.edit import MICROSOFT
 from onnxscript.rewriter import MatchResult, RewriteRuleClassBase, RewriteRuleSet
 
 
@@ -31,7 +32,7 @@ class _BiasGelu(RewriteRuleClassBase):
         return result
 
     def rewrite(self, op, x, bias, **_):
-        return getattr(op, self.op_type)(x, bias, _domain="com.microsoft")
+        return getattr(op, self.op_type)(x, bias, _domain=MICROSOFT)
 
 
 class _FastGelu(_BiasGelu):

@@ -31,7 +31,8 @@ __all__ = ["fuse_lone_norms", "fuse_norms"]
 import numpy as np
 import onnx_ir as ir
 from modcompile.runtimes.ort.custom_ops import DOMAIN
-from modcompile.runtimes.ort.fuse.edit import add_constant, add_function, take_place
+from modcompile.runtimes.ort.fuse.edit import MICROSOFT, add_constant, add_function, set_inputs, take_place
+from modcompile.runtimes.ort.fuse.source import summands
 from onnxscript.rewriter.ort_fusions.skip_normalization import (
     fuse_skip_layer_normalization,
     fuse_skip_rms_normalization,
@@ -40,7 +41,6 @@ from onnxscript.rewriter.ort_fusions.skip_normalization import (
 # B batch  S rows  K capacity  D model dim
 
 _NORMS = ("LayerNormalization", "SimplifiedLayerNormalization")
-_MICROSOFT = "com.microsoft"
 # Which input of the fused norms is the product's bias.
 _BIAS_AT = {"SkipLayerNormalization": 4, "SkipSimplifiedLayerNormalization": 3}
 # K of S rows at most, above which a norm of its own for them is not worth its launch.
@@ -68,7 +68,7 @@ def fuse_norms(model: ir.Model) -> None:
     fuse_skip_layer_normalization(model)
     fuse_skip_rms_normalization(model)
     for node in list(model.graph):
-        if node.domain == _MICROSOFT and node.op_type in _BIAS_AT:
+        if node.domain == MICROSOFT and node.op_type in _BIAS_AT:
             _take_bias(node)
 
 
@@ -121,9 +121,7 @@ def _norm_before_merge(graph: ir.Graph, norm: ir.Node) -> None:
     # The norm's node becomes the merge, for its output may be one of the graph's.
     norm.op_type, norm.domain = merge.op_type, merge.domain
     norm.attributes.clear()
-    norm.resize_inputs(4)
-    for index, value in enumerate((normed_x, normed_rows, positions, one)):
-        norm.replace_input_with(index, value)
+    set_inputs(norm, [normed_x, normed_rows, positions, one])
 
 
 def _take_bias(skip: ir.Node) -> None:
@@ -134,10 +132,10 @@ def _take_bias(skip: ir.Node) -> None:
     for value, other in ((skip.inputs[0], skip.inputs[1]), (skip.inputs[1], skip.inputs[0])):
         if value is None or len(value.uses()) != 1 or value.is_graph_output():
             continue
-        for product, bias in _summands(value):
+        for product, bias in summands(value):
             if bias.shape is not None and value.shape is not None and list(bias.shape) == list(value.shape[-1:]):
                 further = [*skip.inputs[2:place], *[None] * (place - len(skip.inputs))]
-                _set_inputs(skip, [product, other, *further, bias])
+                set_inputs(skip, [product, other, *further, bias])
                 return
 
 
@@ -151,40 +149,25 @@ def _skip_nothing(graph: ir.Graph, norm: ir.Node) -> None:
     epsilon = ir.AttrFloat32("epsilon", norm.attributes.get_float("epsilon", 1e-5))
     if summed := _with_places(x):
         skip = ir.node(f"Skip{norm.op_type}", [*summed, *norm.inputs[1:]], attributes={epsilon.name: epsilon},
-                       domain=_MICROSOFT, num_outputs=4, name=f"{norm.name}/skip")
+                       domain=MICROSOFT, num_outputs=4, name=f"{norm.name}/skip")
         graph.insert_before(norm, skip)
         take_place(skip, (norm.outputs[0], None, None, x))
         return
     name = f"nothing_{rows}x{width}_{x.dtype.name}"
     nothing = graph.initializers.get(name) or add_constant(graph, name, np.zeros((1, rows, width), x.dtype.numpy()))
-    norm.op_type, norm.domain = f"Skip{norm.op_type}", _MICROSOFT
+    norm.op_type, norm.domain = f"Skip{norm.op_type}", MICROSOFT
     norm.attributes.clear()
     norm.attributes[epsilon.name] = epsilon
-    _set_inputs(norm, [x, nothing, *norm.inputs[1:]])
+    set_inputs(norm, [x, nothing, *norm.inputs[1:]])
 
 
 def _with_places(x: ir.Value) -> tuple[ir.Value, ir.Value] | None:
     """What x [B, S, D] is the sum of, if that is a tensor of its shape and one of [1, S, D]."""
-    for words, places in _summands(x):
+    for words, places in summands(x):
         if x.shape is not None and places.shape is not None and words.shape == x.shape and \
                 list(places.shape) == [1, *x.shape[1:]]:
             return words, places
     return None
-
-
-def _summands(value: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
-    """What a value is the sum of, in either order; nothing if it is none."""
-    add = value.producer()
-    if add is None or add.op_type != "Add" or add.domain:
-        return []
-    first, second = add.inputs
-    return [] if first is None or second is None else [(first, second), (second, first)]
-
-
-def _set_inputs(node: ir.Node, values: list[ir.Value | None]) -> None:
-    node.resize_inputs(len(values))
-    for index, value in enumerate(values):
-        node.replace_input_with(index, value)
 
 
 def _is_switch(gate: ir.Value) -> bool:

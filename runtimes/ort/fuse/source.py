@@ -1,6 +1,6 @@
 """What a value of a graph is computed from."""
 
-__all__ = ["depends_on_inputs"]
+__all__ = ["depends_on_inputs", "summands"]
 
 import onnx_ir as ir
 
@@ -17,3 +17,12 @@ def depends_on_inputs(value: ir.Value) -> bool:
             pending += [each for each in node.inputs if each is not None]
         seen.add(value)
     return False
+
+
+def summands(value: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
+    """What a value is the sum of, in either order; nothing if it is none."""
+    add = value.producer()
+    if add is None or add.op_type != "Add" or add.domain:
+        return []
+    first, second = add.inputs
+    return [] if first is None or second is None else [(first, second), (second, first)]

@@ -52,6 +52,7 @@ class _CastRows(RewriteRuleClassBase):
 
     def check(self, op, table, positions, gathered, **_) -> MatchResult:
         result = MatchResult()
+        # A table that a call brings may have more rows than are taken of it.
         if not _takes_rows(gathered) or table.producer() is None or depends_on_inputs(table):
             return result.fail("no gather of a computed table's rows")
         return result

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from families import family
+from families import Family, family
 from modcompile.runtimes.ort.fuse import fuse_for_cuda
 from tiny import randomise_routers
 from tolerances import TOLERANCES, farthest
@@ -87,6 +87,21 @@ def test_it_computes_the_same_with_fewer_operators(mod, dense: bool, tmp_path: P
         "manifest.json", "model.onnx", "model.onnx.data"]
 
 
+def fused_alike(model: mc.MoDModel, member: Family, padding: str | None, folder: Path) -> ir.Model:
+    """The model's graph, fused for our custom ops, which computes what the model does."""
+    inputs = member.inputs(3, 63, padding, seed=2)
+    path = mc.export_onnx(model, folder / "model.onnx", opset=23, shapes={k: v.shape for k, v in inputs.items()})
+    fused = fuse_for_cuda(ir.load(path), custom_ops=True)
+    ir.save(fused, folder / "fused.onnx")
+    # The function bodies, for no library is registered.
+    session = onnxruntime.InferenceSession(folder / "fused.onnx", providers=["CPUExecutionProvider"])
+    found = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+    with torch.no_grad():
+        expected = model.run_graph(list(inputs.values()))
+    assert farthest([torch.from_numpy(value) for value in found], expected, member.valid(inputs)) <= ORT
+    return fused
+
+
 @pytest.mark.parametrize("gate", ["straight-through", "raw"])
 @pytest.mark.parametrize("name", ["gpt2-unmasked", "bert", "llama"])
 def test_a_norm_goes_before_the_merge_and_a_router_into_its_route(name: str, gate: str, tmp_path: Path):
@@ -94,17 +109,7 @@ def test_a_norm_goes_before_the_merge_and_a_router_into_its_route(name: str, gat
     model = randomise_routers(mc.convert(mc.capture(member.build(), member.example()),
                                          config=mc.MoDConfig(capacity_ratio=0.25, gate=gate)))
     padding = member.paddings[0] if member.paddings else None
-    inputs = member.inputs(3, 63, padding, seed=2)
-    path = mc.export_onnx(model, tmp_path / "model.onnx", opset=23, shapes={k: v.shape for k, v in inputs.items()})
-    fused = fuse_for_cuda(ir.load(path), custom_ops=True)
-    ir.save(fused, tmp_path / "fused.onnx")
-    # The function bodies, for no library is registered.
-    session = onnxruntime.InferenceSession(tmp_path / "fused.onnx", providers=["CPUExecutionProvider"])
-    found = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
-    with torch.no_grad():
-        expected = model.run_graph(list(inputs.values()))
-    assert farthest([torch.from_numpy(value) for value in found], expected, member.valid(inputs)) <= ORT
-
+    fused = fused_alike(model, member, padding, tmp_path)
     counts = Counter(node.op_type for node in fused.graph)
     routed = len(model.routed_blocks)
     # Behind a dense block the sum and its norm are in it too.
@@ -137,15 +142,7 @@ def test_attention_to_all_rows_takes_the_biases_too(tmp_path: Path):
     member = family("gpt2-unmasked")
     model = randomise_routers(mc.convert(mc.capture(member.build(), member.example()), config=mc.MoDConfig(
         capacity_ratio=0.25, gate="straight-through", attend_to="all")))
-    inputs = member.inputs(3, 63, None, seed=2)
-    path = mc.export_onnx(model, tmp_path / "model.onnx", opset=23, shapes={k: v.shape for k, v in inputs.items()})
-    fused = fuse_for_cuda(ir.load(path), custom_ops=True)
-    ir.save(fused, tmp_path / "fused.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "fused.onnx", providers=["CPUExecutionProvider"])
-    found = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
-    with torch.no_grad():
-        expected = model.run_graph(list(inputs.values()))
-    assert farthest([torch.from_numpy(value) for value in found], expected) <= ORT
+    fused = fused_alike(model, member, None, tmp_path)
     attentions = [node for node in fused.graph if node.op_type == "MultiHeadAttention"]
     assert len(attentions) == len(model.routed_blocks) and all(node.inputs[3] is not None for node in attentions)
     assert not any(node.op_type == "Add" for node in fused.graph)
