@@ -38,13 +38,12 @@ class Cells:
     @contextlib.contextmanager
     def claim(self, name: str) -> Iterator[bool]:
         """Whether a cell is this process's to make: it is not there, and no other process is at it."""
-        lock = FileLock(self.file.with_name(f"{name}.lock"))
         try:
-            lock.acquire(timeout=0)
+            held = FileLock(self.file.with_name(f"{name}.lock")).acquire(timeout=0)
         except Timeout:
             yield False
             return
-        with lock:
+        with held:
             yield name not in self
 
     def write(self, name: str, cell: dict[str, Any]) -> None:
