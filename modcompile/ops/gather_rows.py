@@ -1,6 +1,6 @@
 """``gather_rows``: the chosen rows of a tensor, packed."""
 
-__all__ = ["ONNX_BODIES", "check_positions", "flat_positions", "gather_rows"]
+__all__ = ["ONNX_BODIES", "check_positions", "flat_positions", "gather_rows", "overwrite"]
 
 from typing import Any
 
@@ -50,6 +50,12 @@ def flat_positions(positions: Tensor, rows: int) -> Tensor:
     return (positions + start[:, None]).reshape(-1)
 
 
+def overwrite(x: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+    """A copy of ``x``, ``[B, S, ...]``, with ``rows``, ``[B, K, ...]``, at ``positions``, which are unique in a row."""
+    flat = x.flatten(0, 1).index_copy(0, flat_positions(positions, x.shape[1]), rows.flatten(0, 1))
+    return flat.unflatten(0, x.shape[:2])
+
+
 def check_positions(op: str, x: Tensor, positions: Tensor) -> None:
     """Raises UsageError unless ``positions`` is ``[B, K]`` int64 for the B of ``x``."""
     batch = x.shape[0]
@@ -84,10 +90,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (positions,) = ctx.saved_tensors
-        batch, rows = positions.shape[0], ctx.rows
-        zeros = grad.new_zeros(batch * rows, *grad.shape[2:])
-        flat = zeros.index_copy(0, flat_positions(positions, rows), grad.flatten(0, 1))
-        return flat.unflatten(0, (batch, rows)), None
+        zeros = grad.new_zeros(positions.shape[0], ctx.rows, *grad.shape[2:])
+        return overwrite(zeros, positions, grad), None
 
 
 def _reference(x: Tensor, positions: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from modcompile.errors import UsageError
-from modcompile.ops.gather_rows import check_positions, flat_positions
+from modcompile.ops.gather_rows import check_positions, overwrite
 from modcompile.ops.route import fits
 
 # B batch  S rows  K capacity  D model dim
@@ -93,7 +93,7 @@ class _Merge(torch.autograd.Function):
         # An infinite difference, or rounding, keeps the formula from the two ends it should reach.
         mixed = torch.where(weight == 1, y, mixed)
         mixed = torch.where(weight == 0, rows, mixed)
-        return _overwrite(x, positions, mixed)
+        return overwrite(x, positions, mixed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -105,7 +105,7 @@ class _Merge(torch.autograd.Function):
         rows, y, positions, gate = ctx.saved_tensors
         weight = gate.to(grad.dtype)[..., None]  # [B, K, 1]
         grad_rows = torch.ops.modcompile.gather_rows.default(grad, positions)  # [B, K, D]
-        grad_x = _overwrite(grad, positions, grad_rows * (1 - weight)) if ctx.needs_input_grad[0] else None
+        grad_x = overwrite(grad, positions, grad_rows * (1 - weight)) if ctx.needs_input_grad[0] else None
         grad_y = grad_rows * weight if ctx.needs_input_grad[2] else None
         grad_gate = None
         if ctx.needs_input_grad[4]:
@@ -115,11 +115,6 @@ class _Merge(torch.autograd.Function):
             update = torch.where((weight == 0) & ~update.isfinite(), torch.zeros_like(update), update)
             grad_gate = (grad_rows.to(wide) * update).sum(-1).to(gate.dtype)  # [B, K]
         return grad_x, None, grad_y, None, grad_gate
-
-
-def _overwrite(x: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
-    flat = x.flatten(0, 1).index_copy(0, flat_positions(positions, x.shape[1]), rows.flatten(0, 1))
-    return flat.unflatten(0, x.shape[:2])
 
 
 def _reference(x: Tensor, y: Tensor, positions: Tensor, gate: Tensor) -> Tensor:
