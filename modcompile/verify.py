@@ -174,13 +174,31 @@ def verify(mod: GraphModel, engine: Engine, inputs: Mapping[str, Any], *, per_bl
                  TOLERANCES[engine.manifest.precision] if tolerance is None else tolerance)
     outputs = case.compare(mod.outputs, case.found, case.expected)
     failed = next((item for item in outputs if not item.passed), None)
-    if failed and not per_block and isinstance(mod, MoDModel) and (report := case.explain(dict(options or {}))):
-        return report
-    if per_block or (failed and isinstance(mod, MoDModel)):
-        return case.walk(outputs, failed, dict(options or {}))
+    if isinstance(mod, MoDModel) and (per_block or failed):
+        explained = None if per_block else case.explain(dict(options or {}))
+        return explained or case.walk(outputs, failed, dict(options or {}))
     if failed:
         raise case.error(failed, fix="see that the engine was built from this model, with these weights")
     return case.report(outputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Probe:
+    """An engine that hands out more than the model's outputs, and the model beside it.
+
+    Attributes:
+        model: The model with these outputs; ``own``: the engine is the one in question, and no other was built.
+        values: What the engine hands out, by name.
+        forced: Its choices, by block and role, up to the first block where they do not follow its own logits.
+        expected: What the model gives with these choices; ``natural``: what it would have chosen itself.
+    """
+
+    model: GraphModel
+    own: bool
+    values: dict[str, Tensor]
+    forced: dict[tuple[str, str], Tensor]
+    expected: dict[str, Tensor]
+    natural: dict[tuple[str, str], Tensor]
 
 
 class _Case:
@@ -237,52 +255,43 @@ class _Case:
         Such an engine computes as this one does: one that hands out every hidden state too fuses less, and decides
         near ties in ways of its own.
         """
-        assert isinstance(self.mod, MoDModel)
-        probe = with_routing_outputs(self.mod)
-        own = all(spec.name in self.found for spec in probe.outputs)
-        values = self._values(probe, self.found if own else self._run_probe(probe, options))
-        expected, natural, forced = self._run_forced(probe, values)
-        given_choices = self.compare(self.mod.outputs, self.found, expected)
+        run = self._probe(options, outputs=False)
+        given_choices = self.compare(self.mod.outputs, self.found, run.expected)
         if not all(item.passed for item in given_choices):
             return None
         with contextlib.suppress(ParityError):
-            return self.report(given_choices, *self._compare_blocks(probe, values, expected, natural, forced))
+            return self.report(given_choices, *self._compare_blocks(run))
         return None
 
     def walk(self, outputs: tuple[Comparison, ...], failed: Comparison | None, options: dict[str, Any]) -> VerifyReport:
         """Compares border by border; ``failed`` is the output that differs, if one does."""
-        assert isinstance(self.mod, MoDModel)
-        probe = with_routing_outputs(self.mod, outputs=True)
-        own = all(spec.name in self.found for spec in probe.outputs)
-        found = self.found if own else self._run_probe(probe, options)
-        values = self._values(probe, found)
-        expected, natural, forced = self._run_forced(probe, values)
-        blocks, routing = self._compare_blocks(probe, values, expected, natural, forced)
-        given_choices = self.compare(self.mod.outputs, found, expected)
+        run = self._probe(options, outputs=True)
+        blocks, routing = self._compare_blocks(run)
+        given_choices = self.compare(self.mod.outputs, run.values, run.expected)
         wrong = next((item for item in given_choices if not item.passed), None)
         if wrong:
             raise self.error(wrong, fix="the blocks agree: look at what follows the last one", routing=routing)
-        if failed and not own:
+        if failed and not run.own:
             # The new engine is right. Is this one the same?
-            same = self.compare(self.mod.outputs, self.found, {name: values[name] for name in self.expected})
+            same = self.compare(self.mod.outputs, self.found, run.values)
             if not all(item.passed for item in same):
                 raise self.error(failed, routing=routing, fix="a new engine of this model agrees with it: this one was "
                                  "built from other weights or options, or decides near ties in a way of its own; build "
                                  "it again, or from modcompile.variants.with_routing_outputs(mod) to know")
         return self.report(given_choices if failed else outputs, blocks, routing)
 
-    def _values(self, probe: GraphModel, found: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What the probe's engine hands out."""
-        return {spec.name: _as_torch(found[spec.name]).cpu() for spec in probe.outputs}
-
-    def _run_forced(self, probe: GraphModel, values: Mapping[str, Tensor]
-                    ) -> tuple[dict[str, Tensor], dict[tuple[str, str], Tensor], dict[tuple[str, str], Tensor]]:
-        """The model's values with an engine's choices, what it would have chosen itself, and the choices."""
+    def _probe(self, options: dict[str, Any], *, outputs: bool) -> _Probe:
+        """What an engine hands out beside the model's outputs, and the model's values with its choices."""
+        assert isinstance(self.mod, MoDModel)
+        model = with_routing_outputs(self.mod, outputs=outputs)
+        own = all(spec.name in self.found for spec in model.outputs)
+        found = self.found if own else self._run_probe(model, options)
+        values = {spec.name: _as_torch(found[spec.name]).cpu() for spec in model.outputs}
         forced = self._choices(values)
-        run = _Forced(probe.graph_module, {key: value.to(self.tensors[0].device) for key, value in forced.items()})
-        with _evaluating(probe):
-            expected = dict(zip((spec.name for spec in probe.outputs), run.run(*self.tensors), strict=True))
-        return expected, run.natural, forced
+        run = _Forced(model.graph_module, {key: value.to(self.tensors[0].device) for key, value in forced.items()})
+        with _evaluating(model):
+            expected = dict(zip((spec.name for spec in model.outputs), run.run(*self.tensors), strict=True))
+        return _Probe(model, own, values, forced, expected, run.natural)
 
     def _run_probe(self, probe: GraphModel, options: dict[str, Any]) -> dict[str, Any]:
         engine = self.engine
@@ -314,11 +323,10 @@ class _Case:
             forced |= {(block.path, "positions"): positions, (block.path, "filled"): filled}
         return forced
 
-    def _compare_blocks(self, probe: GraphModel, values: Mapping[str, Tensor], expected: Mapping[str, Tensor],
-                        natural: Mapping[tuple[str, str], Tensor], forced: Mapping[tuple[str, str], Tensor],
-                        ) -> tuple[list[Comparison], list[RoutingDifference]]:
+    def _compare_blocks(self, run: _Probe) -> tuple[list[Comparison], list[RoutingDifference]]:
         assert isinstance(self.mod, MoDModel)
-        specs = {spec.name: spec for spec in probe.outputs}
+        values = run.values
+        specs = {spec.name: spec for spec in run.model.outputs}
         axes = {block.path: block.axis for block in self.mod.routed_blocks}
         done: list[Comparison] = []
         routing: list[RoutingDifference] = []
@@ -329,16 +337,17 @@ class _Case:
                     continue
                 rows = self._valid_for("sequence") if role == "logits" and axes[path] == "sequence" else \
                     self._rows(specs[name])
-                item = _compare(f"{path} {role}", values[name], expected[name].cpu(), self.tolerance, rows)
+                wanted = run.expected[name].cpu()
+                item = _compare(f"{path} {role}", values[name], wanted, self.tolerance, rows)
                 if not item.passed:
                     raise self.error(item, routing=routing, block=path, fix="everything before agrees: look at what "
                                      f"computes the {role} of this block")
                 done.append(item)
                 if role == "logits":
-                    if (path, "positions") not in forced:
+                    if (path, "positions") not in run.forced:
                         raise self._broken_order(path, values)
-                    due = natural[path, "positions"].cpu()
-                    routing += self._difference(path, axes[path], due, expected[name].cpu(), values, item.max_abs_error)
+                    due = run.natural[path, "positions"].cpu()
+                    routing += self._difference(path, axes[path], due, wanted, values, item.max_abs_error)
         return done, routing
 
     def _difference(self, path: str, axis: str, due: Tensor, logits: Tensor, values: Mapping[str, Tensor],
