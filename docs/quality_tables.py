@@ -87,26 +87,27 @@ def budgets(report: dict[str, Any]) -> str:
     setting, cells = report["setting"], report["cells"]
     names = list(setting["held_out_tokens"])
 
-    seeds = sorted({name.split(", seed ")[1] for name in cells})
-    groups: dict[str, list[dict[str, Any]]] = {}
-    # "pruned 0.9, seed 0": the dense model first, then the larger budget.
-    for name in sorted(cells, key=lambda name: (
-            -float([*name.split(",")[0].split(), "9"][1]), list(MODELS).index(name.split(",")[0].split()[0]), name)):
-        groups.setdefault(name.split(",")[0], []).append(cells[name])
-    lines, decided = [], []
-    for name, found in groups.items():
-        figures = " | ".join(f"{mean(found, lambda c, t=text: c['untrained'][t]):.3f}, "
-                             f"{spread(found, lambda c, t=text: c['trained'][t])}" for text in names)
-        lines.append(f"| {MODELS[name.split()[0]]} | {found[0]['flops']:.3f} | {len(found)} | {figures} |")
-        if "causal" in found[0]:
-            figures = " | ".join(spread(found, lambda c, t=text: c["causal"]["losses"][t]) for text in names)
-            enter = mean(found, lambda c: c["causal"]["rows"])
-            decided.append(f"| {found[0]['flops']:.3f} | {enter:.2f} | {figures} |")
-    ahead = []
-    for name, found in groups.items():
-        if name.startswith("calibrated") and (pruned := groups.get(name.replace("calibrated", "pruned"))):
-            pairs = list(zip(found, pruned, strict=False))
-            ahead.append(f"| {found[0]['flops']:.3f} | " + " | ".join(spread(
+    # By kind and budget, which the dense model has none of, and by seed: "pruned 0.9, seed 0".
+    groups: dict[tuple[str, float], dict[str, dict[str, Any]]] = {}
+    for name, cell in cells.items():
+        what, seed = name.split(", seed ")
+        kind, *budget = what.split()
+        groups.setdefault((kind, float(*budget)), {})[seed] = cell
+    seeds = sorted({seed for found in groups.values() for seed in found})
+    lines, ahead, decided = [], [], []
+    for kind, budget in sorted(groups, key=lambda group: (group[1] > 0, -group[1], list(MODELS).index(group[0]))):
+        found = groups[kind, budget]
+        made = list(found.values())
+        share = f"{made[0]['flops']:.3f}"
+        figures = " | ".join(f"{mean(made, lambda c, t=text: c['untrained'][t]):.3f}, "
+                             f"{spread(made, lambda c, t=text: c['trained'][t])}" for text in names)
+        lines.append(f"| {MODELS[kind]} | {share} | {len(made)} | {figures} |")
+        if "causal" in made[0]:
+            figures = " | ".join(spread(made, lambda c, t=text: c["causal"]["losses"][t]) for text in names)
+            decided.append(f"| {share} | {mean(made, lambda c: c['causal']['rows']):.2f} | {figures} |")
+        pruned = groups.get(("pruned", budget), {})
+        if kind == "calibrated" and (pairs := [(found[seed], pruned[seed]) for seed in found if seed in pruned]):
+            ahead.append(f"| {share} | " + " | ".join(spread(
                 pairs, lambda pair, t=text: pair[1]["trained"][t] - pair[0]["trained"][t]) for text in names) + " |")
     train = " ".join(f"texts/train/{name}" for name in setting["train"])
     held_out = " ".join(f"{name}=texts/held-out/{name}.txt" for name in names)

@@ -63,3 +63,18 @@ def test_engines_of_tensorrt_8_6(script: ModuleType):
     assert text.index("| dense |") < text.index("| MoD, with plugins |")
     made |= {"ratios": {"oracle/plugins": 0.97}, "routing_us_per_block": 21.4}
     assert "oracle/plugins 0.970; routing costs 21 us in each routed block." in script.trt86(made)
+
+
+def test_models_are_compared_seed_by_seed():
+    tables = load_script(DOCS / "quality_tables.py")
+
+    def cell(loss):
+        return {"flops": 0.8, "untrained": {"news": 9.0}, "trained": {"news": loss}}
+
+    cells = {"pruned 0.8, seed 1": cell(4.5), "calibrated 0.8, seed 0": cell(1.0), "calibrated 0.8, seed 1": cell(4.0)}
+    setting = {"model": "tiny", "train": ["docs.txt"], "held_out_tokens": {"news": 64}, "steps": 4, "device": "CPU",
+               "sizes": {"batch": 2, "sequence": 32}}
+    text = tables.budgets({"setting": setting, "cells": cells})
+    # Of seed 0 there is no pruned one to compare with.
+    assert "| 0.800 | 0.500 |" in text
+    assert text.index("| pruned | 0.800 | 1 |") < text.index("| calibrated | 0.800 | 2 |")
