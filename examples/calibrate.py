@@ -35,7 +35,7 @@ Batches = list[dict[str, torch.Tensor]]
 def tiny_model() -> tuple[torch.nn.Module, Any]:
     """A random model of bytes, and its tokenizer."""
     torch.manual_seed(0)
-    config = hf.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=256, n_positions=64)
+    config = hf.GPT2Config(n_embd=32, n_layer=4, n_head=2, vocab_size=256, n_positions=64)
     return hf.GPT2LMHeadModel(config).eval(), lambda text, **_: {"input_ids": list(text.encode())}
 
 

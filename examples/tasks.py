@@ -129,7 +129,7 @@ def train(model: mc.GraphModel, work: Work, steps: int, seed: int, options: argp
     start = time.perf_counter()
     torch.manual_seed(seed)
     model.train()
-    routers = {id(p) for router in getattr(model, "routers", {}).values() for p in router.parameters()}
+    routers = {id(p) for router in model.routers.values() for p in router.parameters()}
     heads = {id(p) for name, p in model.named_parameters() if name.startswith("head.") and expected is None}
     groups = [(options.lr, [p for p in model.parameters() if id(p) not in routers | heads]),
               (options.lr * HEAD_LR, [p for p in model.parameters() if id(p) in heads]),

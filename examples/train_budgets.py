@@ -10,6 +10,10 @@ batches with the same steps: next-token loss and the distance to the dense model
 as it was, and trained on the same batches too. Of the calibrated model there is also the loss when each row decides for
 itself, by a threshold, as generation must.
 
+With ``--smaller 0.8`` pruned and routed models begin with a smaller dense model: blocks are dropped to this share of
+the FLOPs, and what is left is trained for the first of the steps. Far below it, what calibration measures of the model
+as it came says little of what training brings back.
+
 Losses are nats per token of text that was not trained on; text of another kind than the training text shows most.
 Calibration is done once; seeds are of the training, and say how far its figures move by chance. Calibrated models and
 cells are written when they are done, and a second call goes on with the next. Several processes with the same options
@@ -28,6 +32,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import transformers as hf
 from calibrate import load_model, named, tiny_model
@@ -41,10 +46,11 @@ from modcompile.flops import count_flops
 from modcompile.routers import NoiseRouter, router_path
 from modcompile.text_file import read_text
 from modcompile.training import QuantileThresholds, causal_model, logits_loss, next_token_loss
-from modcompile.variants import dense_model, pruned_model
+from modcompile.variants import pruned_model
 
 # B batch  S rows  V vocabulary
 WARMUP = 0.05  # of the steps
+SMALLER_SEED = 500  # of the batches of the smaller dense model
 MODELS = ("dense", "pruned", "calibrated", "stochastic")
 
 
@@ -119,7 +125,7 @@ def cosine(optimizer: torch.optim.Optimizer, steps: int, warmup_share: float) ->
         (step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps)))
 
 
-def train(model: mc.GraphModel, teacher: mc.GraphModel, texts: Texts, seed: int,
+def train(model: mc.GraphModel, teacher: mc.GraphModel, texts: Texts, seed: int, steps: int,
           options: argparse.Namespace) -> dict[str, float]:
     """Trains in place, on the batches of a seed.
 
@@ -128,12 +134,12 @@ def train(model: mc.GraphModel, teacher: mc.GraphModel, texts: Texts, seed: int,
     """
     model.train()
     device = texts.train.device
-    routers = {id(p) for path in getattr(model, "routers", {}) for p in model.routers[path].parameters()}
+    routers = {id(p) for router in model.routers.values() for p in router.parameters()}
     groups = [{"params": [p for p in model.parameters() if id(p) not in routers]},
               {"params": [p for p in model.parameters() if id(p) in routers], "lr": options.router_lr}]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], options.lr, (0.9, 0.95),
                                   weight_decay=0.0, fused=device.type == "cuda")
-    schedule = cosine(optimizer, options.steps, WARMUP)
+    schedule = cosine(optimizer, steps, WARMUP)
     batches, last, start = texts.batches(options.batch, options.rows, seed), [], time.perf_counter()
 
     def loss_of(ids: torch.Tensor) -> torch.Tensor:
@@ -143,7 +149,7 @@ def train(model: mc.GraphModel, teacher: mc.GraphModel, texts: Texts, seed: int,
         return (1 - options.distill) * next_token_loss(logits, ids) + options.distill * logits_loss(logits, expected)
 
     step_loss = torch.compile(loss_of, dynamic=False) if options.compile else loss_of
-    for step in range(options.steps):
+    for step in range(steps):
         ids = next(batches)
         with autocast(device):
             loss = step_loss(ids)
@@ -152,7 +158,7 @@ def train(model: mc.GraphModel, teacher: mc.GraphModel, texts: Texts, seed: int,
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step >= 0.9 * (options.steps - 1):
+        if step >= 0.9 * (steps - 1):
             last.append(loss.detach())
         if step % 100 == 0 and not math.isfinite(norm.item()):
             raise SystemExit(f"the gradients of step {step} are not numbers")
@@ -169,9 +175,44 @@ def stochastic(mod: mc.MoDModel) -> mc.MoDModel:
     return made
 
 
-def prepare(graph: mc.GraphModel, base: mc.MoDModel, calibration: list[dict[str, torch.Tensor]], sizes: dict[str, int],
+def prune_to(graph: mc.GraphModel, calibration: list[dict[str, torch.Tensor]], limits: list[float],
+             sizes: dict[str, int], options: argparse.Namespace) -> list[list[str]]:
+    """For each limit of FLOPs, the fewest blocks to leave out, by measured loss, that keep it."""
+    order = pruning_order(graph, calibration, min(limits) / count_flops(graph, sizes),
+                          trial_batches=options.trial_batches)
+    flops = [count_flops(pruned_model(graph, order[:n]), sizes) for n in range(len(order) + 1)]
+    return [next(order[:n] for n, left in enumerate(flops) if left <= limit) for limit in limits]
+
+
+def smaller_dense(graph: mc.GraphModel, calibration: list[dict[str, torch.Tensor]], sizes: dict[str, int],
+                  texts: Texts, options: argparse.Namespace) -> mc.GraphModel:
+    """The dense model pruned to a share of its FLOPs, and trained. One process makes it, others wait and read it."""
+    made = Cells(options.folder / "smaller.json", {key: getattr(options, key) for key in (
+        "smaller", "smaller_steps", "trial_batches", "lr", "distill")})
+    weights = options.folder / "smaller.safetensors"
+    with FileLock(options.folder / "smaller-dense.lock"):
+        if "pruned" in made:
+            model = copy.deepcopy(pruned_model(graph, made.report["cells"]["pruned"]["blocks"]))
+            safetensors.torch.load_model(model, weights)
+        else:
+            (blocks,) = prune_to(graph, calibration, [options.smaller * count_flops(graph, sizes)], sizes, options)
+            model = copy.deepcopy(pruned_model(graph, blocks))
+            spent = train(model, graph, texts, SMALLER_SEED, options.smaller_steps, options)
+            safetensors.torch.save_model(model, str(weights))
+            made.write("pruned", {"blocks": blocks, **spent})
+    return model
+
+
+def prepare(graph: mc.GraphModel, flops: int, calibration: list[dict[str, torch.Tensor]], sizes: dict[str, int],
             options: argparse.Namespace) -> dict[float, dict[str, Any]]:
     """Calibrates for the budgets that the folder has no model for. One process does it, others wait.
+
+    Args:
+        graph: Where pruned and calibrated models begin.
+        flops: Those that budgets are shares of.
+        calibration: The batches to calibrate on.
+        sizes: The size of each symbol.
+        options: The command's.
 
     Returns:
         By budget, the largest first, the blocks that are pruned, and the calibrated model's report.
@@ -181,17 +222,15 @@ def prepare(graph: mc.GraphModel, base: mc.MoDModel, calibration: list[dict[str,
         "attend_to", "calibration_sequences", "calibration_batch", "trial_batches", "exchanges")})
     with FileLock(options.folder / "preparing.lock"):
         if missing := [budget for budget in budgets if str(budget) not in prepared]:
-            flops, started = count_flops(dense_model(base), sizes), time.perf_counter()
-            order = pruning_order(graph, calibration, min(missing), trial_batches=options.trial_batches)
-            counts = [next(n for n in range(1, len(order) + 1)
-                           if count_flops(pruned_model(base, order[:n]), sizes) <= budget * flops)
-                      for budget in missing]  # fmt: skip
-            shares = [count_flops(pruned_model(base, order[:n]), sizes) / flops for n in counts]
+            started = time.perf_counter()
+            pruned = prune_to(graph, calibration, [budget * flops for budget in missing], sizes, options)
+            whole = count_flops(graph, sizes)
+            shares = [count_flops(pruned_model(graph, blocks), sizes) / whole for blocks in pruned]
             results = calibrate_each(graph, calibration, shares, attend_to=options.attend_to,
                                      trial_batches=options.trial_batches, exchanges=options.exchanges)
-            for budget, count, result in zip(missing, counts, results, strict=True):
+            for budget, blocks, result in zip(missing, pruned, results, strict=True):
                 result.mod.save_pretrained(options.folder / f"calibrated-{budget}", overwrite=True)
-                prepared.write(str(budget), {"pruned": order[:count], "calibrated": result.report,
+                prepared.write(str(budget), {"pruned": blocks, "calibrated": result.report,
                                              "seconds": time.perf_counter() - started})
     return {budget: prepared.report["cells"][str(budget)] for budget in budgets}
 
@@ -206,40 +245,41 @@ def compare(model: nn.Module, tokenizer: Callable[..., Any], options: argparse.N
     calibration = [{"input_ids": ids} for ids in windows(
         texts.train, options.calibration_sequences, options.calibration_batch, options.rows)]
     graph = mc.capture(model.to(device), {"input_ids": texts.train[:2 * options.rows].view(2, -1)})
-    base = mc.convert(graph, config=mc.MoDConfig(blocks="all", capacity_ratio=0.5))
     sizes = {"batch": options.batch, "sequence": options.rows}
-    flops = count_flops(dense_model(base), sizes)
+    flops = count_flops(graph, sizes)
     cells = Cells(options.folder / "budgets.json", {
         "model": options.model.name if options.model else "tiny" if options.tiny else "SmolLM2-135M-Instruct",
         "train": [path.name for path in options.train], "train_tokens": len(train_tokens),
         "held_out_tokens": {name: part.numel() for name, part in texts.held_out.items()}, "sizes": sizes,
-        "steps": options.steps, "lr": options.lr, "router_lr": options.router_lr, "distill": options.distill,
+        "steps": options.steps, "smaller": options.smaller, "smaller_steps": options.smaller and options.smaller_steps,
+        "lr": options.lr, "router_lr": options.router_lr, "distill": options.distill,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"})
 
-    def cell(candidate: mc.GraphModel, seed: int, **further: Any) -> dict[str, Any]:
+    def cell(candidate: mc.GraphModel, seed: int, steps: int, **further: Any) -> dict[str, Any]:
         before = losses(candidate, texts)
-        spent = train(candidate, graph, texts, seed, options)
+        spent = train(candidate, graph, texts, seed, steps, options)
         made = {"flops": count_flops(candidate, sizes) / flops, "untrained": before,
                 "trained": losses(candidate, texts), **spent, **further}  # fmt: skip
         decides = isinstance(candidate, mc.MoDModel) and any(list(r.parameters()) for r in candidate.routers.values())
         return made | ({"causal": causal_losses(candidate, texts, seed, options)} if decides else {})
 
-    def add(name: str, seed: int, make: Callable[[], mc.GraphModel], **further: Any) -> None:
+    def add(name: str, seed: int, steps: int, make: Callable[[], mc.GraphModel], **further: Any) -> None:
         name = f"{name}, seed {seed}"
         with cells.claim(name) as is_ours:
             if is_ours:
-                cells.write(name, made := cell(make(), seed, **further))
+                cells.write(name, made := cell(make(), seed, steps, **further))
                 print(f"{name:24} {made['flops']:.3f}  " + "  ".join(
                     f"{k} {v:.3f}" for k, v in made["trained"].items()), flush=True)
 
-    # Every one begins with the dense model's own tensors.
     if "dense" in options.models:
         for seed in options.seeds:
-            add("dense", seed, lambda: copy.deepcopy(graph))
+            add("dense", seed, options.steps, lambda: copy.deepcopy(graph))
     if set(options.models) == {"dense"}:
         return cells.report
-    prepared = prepare(graph, base, calibration, sizes, options)
+    start = smaller_dense(graph, calibration, sizes, texts, options) if options.smaller else graph
+    steps = options.steps - (options.smaller_steps if options.smaller else 0)
+    prepared = prepare(start, flops, calibration, sizes, options)
     # What is to be told apart comes first, then the control.
     for kinds in (("pruned", "calibrated"), ("stochastic",)):
         for seed, (budget, made), kind in itertools.product(options.seeds, prepared.items(), kinds):
@@ -248,11 +288,12 @@ def compare(model: nn.Module, tokenizer: Callable[..., Any], options: argparse.N
 
             def make(budget=budget, made=made, kind=kind) -> mc.GraphModel:
                 if kind == "pruned":
-                    return copy.deepcopy(pruned_model(base, made["pruned"]))
+                    return copy.deepcopy(pruned_model(start, made["pruned"]))
                 mod = mc.load(options.folder / f"calibrated-{budget}").to(device)
                 return mod if kind == "calibrated" else stochastic(mod)
 
-            add(f"{kind} {budget}", seed, make, **({"calibration": made["calibrated"]} if kind == "calibrated" else {}))
+            further = {"calibration": made["calibrated"]} if kind == "calibrated" else {}
+            add(f"{kind} {budget}", seed, steps, make, **further)
     return cells.report
 
 
@@ -287,6 +328,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="of a folder's second call, "
                         "what it adds")
     parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--smaller", type=float, help="a share of the FLOPs that pruned and routed models begin with")
+    parser.add_argument("--smaller-steps", type=int, default=100, help="of the steps, those before that")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=3e-4)
@@ -313,11 +356,13 @@ def main() -> None:
     torch.manual_seed(0)
     if options.tiny:
         options.train, options.held_out = [Path(argparse.__file__)], [("code", Path(doctest.__file__))]
-        options.batch, options.rows, options.steps, options.budgets = 2, 32, 4, [0.8]
+        options.batch, options.rows, options.steps, options.smaller, options.budgets = 2, 32, 4, 0.9, [0.6]
         options.calibration_sequences, options.calibration_batch, options.held_out_sequences = 4, 2, 4
-        options.trial_batches = 1
+        options.trial_batches, options.smaller_steps = 1, 2
     if not options.train or not options.held_out:
         parser.error("--train and --held-out are needed")
+    if options.smaller and not (max(options.budgets) < options.smaller < 1 and options.smaller_steps < options.steps):
+        parser.error("--smaller is a share between the largest budget and 1, and --smaller-steps some of the steps")
     with tempfile.TemporaryDirectory() as scratch:
         options.folder = Path(scratch) if options.tiny else options.folder
         options.folder.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,8 @@ from modcompile.model import GraphModel
 from modcompile.pass_manager import Skip
 from modcompile.shapes import shape_exprs, size_value
 
-__all__ = ["ROWS", "Block", "BlockReport", "BlockView", "Side", "analyse_block", "find_blocks", "select_blocks"]
+__all__ = ["ROWS", "Block", "BlockReport", "BlockView", "Side", "analyse_block", "block_groups", "find_blocks",
+           "select_blocks"]
 
 # B batch  S rows  D model dim
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
@@ -148,7 +149,7 @@ def find_blocks(model: torch.nn.Module, example_inputs=None) -> BlockReport:
     names = {expr: spec.shape[i] for node, spec in placeholders for i, expr in enumerate(shape_exprs(node) or ())}
     symbols = {expr: sympy.Symbol(name) for expr, name in names.items() if expr.is_Symbol}
     blocks = []
-    for group, paths in _groups(graph).items():
+    for group, paths in block_groups(graph).items():
         for index, path in paths:
             found = analyse_block(graph, path, [sibling for _, sibling in paths if sibling != path])
             shape = None
@@ -223,8 +224,8 @@ def module_paths(node: torch.fx.Node) -> list[str]:
     return [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
 
 
-def _groups(graph: torch.fx.Graph) -> dict[str, list[tuple[int, str]]]:
-    """Numbered siblings by their parent's path; lists inside a listed module are left to it."""
+def block_groups(graph: torch.fx.Graph) -> dict[str, list[tuple[int, str]]]:
+    """Index and path of numbered siblings, by their parent's path; lists inside a listed module are left to it."""
     groups: dict[str, dict[int, str]] = collections.defaultdict(dict)
     for node in graph.nodes:
         for path in module_paths(node):

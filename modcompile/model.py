@@ -85,6 +85,11 @@ class GraphModel(nn.Module):
         """What is routed: nothing in a dense model."""
         return []
 
+    @property
+    def routers(self) -> dict[str, Router]:
+        """The router of each routed block, by the block's path: none in a dense model."""
+        return {}
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every parameter and buffer by name, aliases of tied weights included."""
         return {**dict(self.named_parameters(remove_duplicate=False)),
@@ -103,6 +108,29 @@ class GraphModel(nn.Module):
                 # Loaded from a file: a sub-graph has symbols of its own.
                 propagate_alike(self.get_submodule(path), [node.meta["spec"] for node in inputs], {}, known)
         propagate(self.graph_module, fake_inputs(list(self.inputs), hints or self.hints, self))
+
+    def variant(self, program: Program, *stages: Pass, routers: bool = False) -> "GraphModel":
+        """A model on this one's tensors, from a structure and further passes.
+
+        Args:
+            program: Where to start: ``self.program``, or a routed model's ``dense_program``. It is copied.
+            stages: Passes to run on the copy.
+            routers: Whether the stages will call the routers, where the structure does not yet.
+        """
+        known = {router_path(path): router for path, router in self.routers.items()}
+        names = {f"{path}.{name}" for path, router in known.items() for name, _ in router.named_parameters()}
+        tensors = {name: tensor for name, tensor in self.tensors().items() if name not in names}
+        calls = {node.target for node in program.graph.nodes if node.op == "call_module"}
+        called: dict[str, nn.Module] = {path: router for path, router in known.items() if path in calls}
+        graph_module = program.copy().assemble(tensors, called, self.non_persistent())
+        for path, router in known.items() if routers else ():
+            graph_module.add_submodule(path, router)
+        made = GraphModel(graph_module, self.interface, dict(self.hints))
+        made.propagate_shapes()
+        manager = PassManager(list(stages))
+        manager(graph_module)
+        made.passes = [*self.passes, *manager.ran]
+        return made.train(self.training)
 
     def format(self) -> str:
         """Stable text of the graph, with shapes."""
@@ -268,29 +296,6 @@ class MoDModel(GraphModel):
         for name in (*REGISTRIES, "graph_module", "config", "_routed_blocks", "hints", "passes"):
             self.__dict__[name] = made.__dict__[name]
         self._graph_changed()
-
-    def variant(self, program: Program, *stages: Pass, routers: bool = False) -> GraphModel:
-        """A model on this one's tensors, from a structure and further passes.
-
-        Args:
-            program: Where to start: ``self.program`` or ``self.dense_program``. It is copied.
-            stages: Passes to run on the copy.
-            routers: Whether the stages will call the routers, where the structure does not yet.
-        """
-        known = {router_path(path): router for path, router in self.routers.items()}
-        names = {f"{path}.{name}" for path, router in known.items() for name, _ in router.named_parameters()}
-        tensors = {name: tensor for name, tensor in self.tensors().items() if name not in names}
-        calls = {node.target for node in program.graph.nodes if node.op == "call_module"}
-        called: dict[str, nn.Module] = {path: router for path, router in known.items() if path in calls}
-        graph_module = program.copy().assemble(tensors, called, self.non_persistent())
-        for path, router in known.items() if routers else ():
-            graph_module.add_submodule(path, router)
-        made = GraphModel(graph_module, self.interface, dict(self.hints))
-        made.propagate_shapes()
-        manager = PassManager(list(stages))
-        manager(graph_module)
-        made.passes = [*self.passes, *manager.ran]
-        return made.train(self.training)
 
     def _rebuild(self, program: Program, tensors: dict[str, torch.Tensor]) -> "MoDModel":
         graph_module = program.assemble(tensors, self._copied_routers(tensors), self.non_persistent())

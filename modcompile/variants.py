@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import sympy
 import torch
 
+from modcompile.blocks import find_blocks
 from modcompile.convert import dropping_passes, routing_passes
 from modcompile.errors import UsageError
 from modcompile.flops import count_flops, flops_by_module
@@ -75,17 +76,25 @@ def block_paths(mod: MoDModel) -> list[str]:
             if node.op == "call_module" and node.target in mod.dense_program.bodies]
 
 
-def pruned_model(mod: MoDModel, blocks: Sequence[str]) -> GraphModel:
+def pruned_model(model: GraphModel, blocks: Sequence[str]) -> GraphModel:
     """The dense model without the given blocks.
+
+    Args:
+        model: A routed model, whose dense form is pruned; or a captured one, and then what is left can be converted.
+        blocks: Module paths.
 
     Raises:
         UsageError: A path that is no block.
     """
-    unknown = [path for path in blocks if path not in block_paths(mod)]
+    if isinstance(model, MoDModel):
+        known, program = block_paths(model), model.dense_program
+    else:
+        known, program = [block.path for block in find_blocks(model).routable], model.program
+    unknown = [path for path in blocks if path not in known]
     if unknown:
-        raise UsageError("a block to prune does not exist", expected=", ".join(block_paths(mod)),
-                         found=", ".join(unknown), where="pruned_model")
-    return mod.variant(mod.dense_program, PruneBlocks(tuple(blocks)))
+        raise UsageError("a block to prune does not exist", expected=", ".join(known), found=", ".join(unknown),
+                         where="pruned_model")
+    return model.variant(program, PruneBlocks(tuple(blocks)))
 
 
 def pruned_blocks(mod: MoDModel, sizes: Mapping[str, int], order: Sequence[str] | None = None) -> list[str]:
