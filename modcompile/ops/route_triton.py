@@ -1,12 +1,15 @@
 """``route`` on CUDA: a Triton kernel, for eager PyTorch and for the programs of Inductor and AOTInductor.
 
-One program a batch row. It finds the K-th best key from the top, two bits a pass: it counts the rows that reach each of
-the three trial keys, and stops as soon as one is reached by K. Then one running sum gives each chosen row its slot:
-positions come out ascending without a sort. The CUDA kernel of ``runtimes/native/kernels/route.cu`` does the same with
-a radix select, for which Triton has no shared memory to hand out; the keys are those of ``radix_select.h``.
+One program a batch row. It finds the K-th best key from both sides: a pass counts the rows that reach each of seven
+trial keys between two bounds, of which K rows reach the lower and fewer the upper, and the bounds close in; it stops as
+soon as exactly K rows reach one. Then one running sum gives each chosen row its slot: positions come out ascending
+without a sort. The CUDA kernel of ``runtimes/native/kernels/route.cu`` does the same with a radix select, for which
+Triton has no shared memory to hand out; the keys are those of ``radix_select.h``.
 
-Two bits, for a pass has a price of its own, a sum over the program's threads and, for a row that is not held, reading
-it: one bit pays it twice as often, and three bits compare each key with seven trials to save a third of the passes.
+A pass has a price of its own, a sum over the program's threads and, for a row that is not held, reading it. Seven
+trials divide what lies between the bounds by eight. The first seven are powers of four, between which most routers'
+logits lie: keys order all floats there are, and the middle of those is of no use. Four passes do for 1,024 normal
+logits, where halving needs seventeen.
 
 Imported by ``modcompile.ops.route``, where Triton is installed, when a tensor on CUDA comes along.
 """
@@ -21,7 +24,7 @@ from torch.library import wrap_triton
 
 # B batch  S rows  K capacity
 
-# The longest row whose keys a program holds in registers: 16 for each of 512 threads. A longer one is read again, in
+# The longest row whose keys a program holds in registers: 32 for each of 256 threads. A longer one is read again, in
 # blocks of this size, in every pass.
 LONGEST_HELD = 8192
 
@@ -40,17 +43,39 @@ def _keys(logits, ok, inside, padding_enters, HAS_VALID: tl.constexpr):
 
 
 @triton.jit
-def _reach(keys, trial1, trial2, trial3):
-    # How many of four keys, which one thread has read together, reach each trial: three counts in one number, for their
-    # sum. The trials ascend.
-    flags = tl.where(keys >= trial3, 0x10101, tl.where(keys >= trial2, 0x101, tl.where(keys >= trial1, 1, 0)))
-    counts = tl.sum(tl.reshape(flags, (keys.shape[0] // 4, 4)), 1)
-    return counts & 0xFF, (counts >> 8) & 0xFF, counts >> 16
+def _trial(is_first, power: tl.constexpr, low, step, i: tl.constexpr, high):
+    # No sum is too large: K rows reach `low`, which therefore is no more than the key of +inf.
+    return tl.where(is_first, power, tl.minimum(low + i * step, high)).to(tl.uint32)
 
 
 @triton.jit
-def _add(a1, a2, a3, b1, b2, b3):
-    return a1 + b1, a2 + b2, a3 + b3
+def _reach(keys, trial1, trial2, trial3, trial4, trial5, trial6, trial7):
+    # How many of eight keys, which one thread has read together, reach each trial, as pairs in the two halves of a
+    # number: 1 and 3, 2 and 4, 5 and 7, and 6 alone. The trials ascend.
+    lower = tl.where(keys >= trial2, 0x101, tl.where(keys >= trial1, 1, 0))
+    lower = tl.where(keys >= trial4, 0x1010101, tl.where(keys >= trial3, 0x10101, lower))
+    upper = tl.where(keys >= trial7, 0x10101, tl.where(keys >= trial6, 0x101, tl.where(keys >= trial5, 1, 0)))
+    lower = tl.sum(tl.reshape(lower, (keys.shape[0] // 8, 8)), 1)
+    upper = tl.sum(tl.reshape(upper, (keys.shape[0] // 8, 8)), 1)
+    return lower & 0xFF00FF, (lower >> 8) & 0xFF00FF, upper & 0xFF00FF, (upper >> 8) & 0xFF
+
+
+@triton.jit
+def _add4(a1, a2, a3, a4, b1, b2, b3, b4):
+    return a1 + b1, a2 + b2, a3 + b3, a4 + b4
+
+
+@triton.jit
+def _add7(a1, a2, a3, a4, a5, a6, a7, b1, b2, b3, b4, b5, b6, b7):
+    return a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7
+
+
+@triton.jit
+def _narrow(trial, reach, capacity, low, reached, high, above):
+    # The bounds with what is known of a trial between them.
+    is_enough = reach >= capacity
+    return (tl.where(is_enough, trial, low), tl.where(is_enough, reach, reached),
+            tl.where(is_enough, high, trial), tl.where(is_enough, above, reach))
 
 
 @triton.jit
@@ -63,6 +88,7 @@ def route_kernel(
     capacity,
     BLOCK: tl.constexpr,
     HAS_VALID: tl.constexpr,
+    IS_SHORT: tl.constexpr,
 ):
     """Routes one row of the batch a program: ``modcompile.ops.route`` says what comes out.
 
@@ -75,6 +101,7 @@ def route_kernel(
         capacity: K.
         BLOCK: Rows that are looked at together, a power of two. Keys are read once and held where S is no more.
         HAS_VALID: Whether there is a mask.
+        IS_SHORT: Whether S is less than 2^15: two counts then fit into one number.
     """
     batch_row = tl.program_id(0).to(tl.int64)
     logits += batch_row * rows
@@ -84,52 +111,72 @@ def route_kernel(
     lanes = tl.arange(0, BLOCK)
 
     padding_enters = False
+    above = tl.zeros((), tl.int32)  # rows that reach `high`, below: those that are certain, or none
     if HAS_VALID:
         valid_rows = tl.zeros((BLOCK,), tl.int32)
         for start in range(0, rows, BLOCK):
             at = start + lanes
             valid_rows += (tl.load(valid + at, mask=at < rows, other=0) != 0).to(tl.int32)
-        padding_enters = tl.sum(valid_rows) < capacity
+        all_valid = tl.sum(valid_rows)
+        padding_enters = all_valid < capacity
+        above = tl.where(padding_enters, all_valid, 0)
 
     inside = lanes < rows
     ok = tl.load(valid + lanes, mask=inside, other=0) != 0 if HAS_VALID else inside
     keys = _keys(tl.load(logits + lanes, mask=inside, other=0.0), ok, inside, padding_enters, HAS_VALID)
 
-    # The greatest threshold that K rows reach is the K-th best key. One that exactly K rows reach is as good.
-    threshold = tl.zeros((), tl.uint32)
-    reached = tl.zeros((), tl.int32) + rows
-    above = tl.zeros((), tl.int32)  # rows that reach the least threshold that was too high
-    step = tl.full((), 1 << 30, tl.uint32)
-    while (step != 0) & (reached != capacity):
-        trial1, trial2, trial3 = threshold + step, threshold + 2 * step, threshold + 3 * step
+    # The greatest key that K rows reach is the K-th best one. A threshold that exactly K rows reach is as good.
+    low = tl.zeros((), tl.uint32)
+    reached = tl.zeros((), tl.int32) + rows  # rows that reach `low`
+    high = tl.full((), 0xFFFFFFFF, tl.uint32)
+    is_first = True
+    while (high - low > 1) & (reached != capacity):
+        step = tl.maximum((high - low) >> 3, 1).to(tl.uint32)
+        # The keys of -4, -1, -1/4, 0, 1/4, 1 and 4.
+        trial1 = _trial(is_first, 0x3F7FFFFF, low, step, 1, high)
+        trial2 = _trial(is_first, 0x407FFFFF, low, step, 2, high)
+        trial3 = _trial(is_first, 0x417FFFFF, low, step, 3, high)
+        trial4 = _trial(is_first, 0x80000000, low, step, 4, high)
+        trial5 = _trial(is_first, 0xBE800000, low, step, 5, high)
+        trial6 = _trial(is_first, 0xBF800000, low, step, 6, high)
+        trial7 = _trial(is_first, 0xC0800000, low, step, 7, high)
+        is_first = False
         # Threads count for themselves until the row ends, so that no block waits for the one before.
-        count1 = tl.zeros((BLOCK // 4,), tl.int32)
-        count2 = tl.zeros((BLOCK // 4,), tl.int32)
-        count3 = tl.zeros((BLOCK // 4,), tl.int32)
+        count13 = tl.zeros((BLOCK // 8,), tl.int32)
+        count24 = tl.zeros((BLOCK // 8,), tl.int32)
+        count57 = tl.zeros((BLOCK // 8,), tl.int32)
+        count6 = tl.zeros((BLOCK // 8,), tl.int32)
         for start in range(0, rows, BLOCK):
             if rows > BLOCK:
                 at = start + lanes
                 inside = at < rows
                 ok = tl.load(valid + at, mask=inside, other=0) != 0 if HAS_VALID else inside
                 keys = _keys(tl.load(logits + at, mask=inside, other=0.0), ok, inside, padding_enters, HAS_VALID)
-            block1, block2, block3 = _reach(keys, trial1, trial2, trial3)
-            count1 += block1
-            count2 += block2
-            count3 += block3
-        reach1, reach2, reach3 = tl.reduce((count1, count2, count3), 0, _add)
-        # The highest trial that K rows reach is the new threshold, the one after it is too high.
-        if reach3 >= capacity:
-            threshold, reached = trial3, reach3
-        elif reach2 >= capacity:
-            threshold, reached, above = trial2, reach2, reach3
-        elif reach1 >= capacity:
-            threshold, reached, above = trial1, reach1, reach2
+            block13, block24, block57, block6 = _reach(keys, trial1, trial2, trial3, trial4, trial5, trial6, trial7)
+            count13 += block13
+            count24 += block24
+            count57 += block57
+            count6 += block6
+        if IS_SHORT:
+            count13, count24, count57, reach6 = tl.reduce((count13, count24, count57, count6), 0, _add4)
+            reach1, reach2, reach3 = count13 & 0xFFFF, count24 & 0xFFFF, count13 >> 16
+            reach4, reach5, reach7 = count24 >> 16, count57 & 0xFFFF, count57 >> 16
         else:
-            above = reach1
-        step = step >> 2
+            reach1, reach2, reach3, reach4, reach5, reach6, reach7 = tl.reduce(
+                (count13 & 0xFFFF, count24 & 0xFFFF, count13 >> 16, count24 >> 16, count57 & 0xFFFF, count6,
+                 count57 >> 16), 0, _add7)
+        # Three questions find the two neighbours between which the K-th best key lies.
+        half, quarter = reach4 >= capacity, tl.where(reach4 >= capacity, reach6, reach2) >= capacity
+        low, reached, high, above = _narrow(trial4, reach4, capacity, low, reached, high, above)
+        low, reached, high, above = _narrow(tl.where(half, trial6, trial2), tl.where(half, reach6, reach2), capacity,
+                                            low, reached, high, above)
+        low, reached, high, above = _narrow(
+            tl.where(half, tl.where(quarter, trial7, trial5), tl.where(quarter, trial3, trial1)),
+            tl.where(half, tl.where(quarter, reach7, reach5), tl.where(quarter, reach3, reach1)), capacity,
+            low, reached, high, above)
 
     # Rows that reach `least` are chosen, and of those that tie just below it the first `wanted`.
-    least = tl.maximum(tl.where(reached == capacity, threshold, threshold + 1), 1)
+    least = tl.maximum(tl.where(reached == capacity, low, low + 1), 1)
     wanted = tl.where(reached == capacity, 0, capacity - above)
     # One running sum of two counts: chosen rows in the upper 16 bits, ties in the lower. A block has 2^13 rows at most.
     chosen_seen = tl.zeros((), tl.int32)
@@ -187,6 +234,7 @@ def launch(
         capacity,
         BLOCK=block,
         HAS_VALID=valid is not None,
-        num_warps=min(max(block // 256, 1), 16),
+        IS_SHORT=isinstance(rows, int) and rows < 2**15,
+        num_warps=8 if block >= 4096 else min(max(block // 256, 1), 4),
     )
     return positions, filled

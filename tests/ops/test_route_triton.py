@@ -36,13 +36,15 @@ torch.manual_seed(5)
 for rows, block in ((1, 128), (33, 128), (300, 512), (300, 128)):
     few = torch.tensor([0.0, -0.0, 1.0, -1.0, torch.nan, torch.inf, -torch.inf, torch.finfo().min, 1e-45, 3.5])
     bits = torch.randint(-2**31, 2**31, (2, rows)).to(torch.int32).view(torch.float32)
-    all_logits = torch.randn(2, rows), torch.ones(2, rows), few[torch.randint(10, (2, rows))], bits
-    masks = None, torch.rand(2, rows) < 0.7, torch.zeros(2, rows, dtype=torch.bool), torch.rand(2, rows) < 0.02
+    close = (torch.randint(7, (2, rows)).to(torch.int32) + 0x3F800000).view(torch.float32)
+    small, equal = torch.randn(2, rows) / 10 - 2, torch.full((2, rows), torch.nan)
+    all_logits = torch.randn(2, rows), torch.ones(2, rows), few[torch.randint(10, (2, rows))], bits, close, small, equal
+    masks = (None, *(torch.rand(2, rows) < share for share in (0.7, 0.02, 0.0, 1.0)))
     for capacity, logits, valid in itertools.product({1, rows, rows // 8 | 1}, all_logits, masks):
         positions = torch.full((2, capacity), -1)
         filled = torch.ones(2, capacity, dtype=torch.bool)
         route_kernel[(2,)](logits, logits if valid is None else valid, positions, filled, rows, capacity, BLOCK=block,
-                           HAS_VALID=valid is not None)
+                           HAS_VALID=valid is not None, IS_SHORT=capacity > 1)
         expected = route(logits, valid, capacity)
         assert torch.equal(positions, expected[0]) and torch.equal(filled, expected[1]), (logits, valid, capacity)
 """
