@@ -72,32 +72,21 @@ class OrtRunner final : public Runner {
   void run(const std::vector<const Input*>& inputs, const std::vector<const Buffer*>& buffers,
            std::vector<Output>& outputs) override {
     for (Output& output : outputs) output.data = nullptr;
-    values_.clear();
-    binding_.ClearBoundInputs();
-    binding_.ClearBoundOutputs();
     bool all_device = !inputs.empty();
-    for (const Input* input : inputs) {
-      // ONNX Runtime has one type for tensors that it reads and that it writes; inputs it reads.
-      binding_.BindInput(input->name.c_str(), wrap(*input, const_cast<void*>(input->data)));
-      all_device = all_device && input->memory == Memory::kDevice;
-    }
+    for (const Input* input : inputs) all_device = all_device && input->memory == Memory::kDevice;
     const Memory own = all_device ? Memory::kDevice : Memory::kHost;
-    for (size_t i = 0; i < buffers.size(); ++i) {
-      const char* name = manifest_.outputs[i].name.c_str();
-      if (buffers[i] != nullptr) {
-        binding_.BindOutput(name, wrap(*buffers[i], buffers[i]->data));
-        all_device = all_device && buffers[i]->memory == Memory::kDevice;
-      } else if (gpu_ != nullptr && gpu_->cuda_graph) {
-        binding_.BindOutput(name, fixed(i));
-      } else {
-        binding_.BindOutput(name, memory(own));
-      }
+    for (const Buffer* buffer : buffers) {
+      all_device = all_device && (buffer == nullptr || buffer->memory == Memory::kDevice);
     }
+    const bool is_graph = gpu_ != nullptr && gpu_->cuda_graph;
+    // A graph keeps to the memory that it was recorded with, and the engine lets no other come here. Elsewhere ONNX
+    // Runtime copies an input that it reads on another device, and does so when the input is bound.
+    if (!is_graph || values_.empty()) bind(inputs, buffers, own);
     // What is copied to or from the host is complete when the run returns.
     const bool waits = !all_device || gpu_->stream == nullptr;
-    const auto turn = gpu_ != nullptr && gpu_->cuda_graph ? std::unique_lock(turn_) : std::unique_lock<std::mutex>();
+    const auto turn = is_graph ? std::unique_lock(turn_) : std::unique_lock<std::mutex>();
     session_.Run(waits ? waiting_ : without_waiting_, binding_);
-    values_ = binding_.GetOutputValues();
+    if (values_.empty()) values_ = binding_.GetOutputValues();
     for (size_t i = 0; i < outputs.size(); ++i) {
       outputs[i].shape = values_[i].GetTensorTypeAndShapeInfo().GetShape();
       outputs[i].data = values_[i].GetTensorRawData();
@@ -106,6 +95,26 @@ class OrtRunner final : public Runner {
   }
 
  private:
+  void bind(const std::vector<const Input*>& inputs, const std::vector<const Buffer*>& buffers, Memory own) {
+    values_.clear();
+    binding_.ClearBoundInputs();
+    binding_.ClearBoundOutputs();
+    for (const Input* input : inputs) {
+      // ONNX Runtime has one type for tensors that it reads and that it writes; inputs it reads.
+      binding_.BindInput(input->name.c_str(), wrap(*input, const_cast<void*>(input->data)));
+    }
+    for (size_t i = 0; i < buffers.size(); ++i) {
+      const char* name = manifest_.outputs[i].name.c_str();
+      if (buffers[i] != nullptr) {
+        binding_.BindOutput(name, wrap(*buffers[i], buffers[i]->data));
+      } else if (gpu_ != nullptr && gpu_->cuda_graph) {
+        binding_.BindOutput(name, fixed(i));
+      } else {
+        binding_.BindOutput(name, memory(own));
+      }
+    }
+  }
+
   const OrtMemoryInfo* memory(Memory where) const { return where == Memory::kHost ? host_ : device_; }
 
   template <typename Tensor>
@@ -137,7 +146,7 @@ class OrtRunner final : public Runner {
   Ort::MemoryInfo host_, device_;
   Ort::RunOptions waiting_, without_waiting_;
   Ort::Allocator allocator_{nullptr};
-  // The memory of outputs without a buffer.
+  // The memory of outputs without a buffer, and the outputs of the last run.
   std::vector<Ort::Value> fixed_, values_;
 };
 
