@@ -49,6 +49,9 @@ class Router(nn.Module):
 def linear_in_float32(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """Of rows [..., D], in float32 under autocast too: a choice of rows compares logits that differ by little."""
     operands, device = (x.float(), weight.float(), bias.float()), x.device.type
+    if len(weight) == 1 and torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        # A product of matrices would keep float32 copies of x and of its gradient; sums are fused with what is around.
+        return (operands[0] * operands[1].flatten()).sum(-1, keepdim=True) + operands[2]
     # Not torch.amp.is_autocast_available, before which torch.compile of some releases ends its graph.
     if device == "meta" or not torch.is_autocast_enabled(device):
         return F.linear(*operands)

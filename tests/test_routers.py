@@ -170,6 +170,30 @@ def test_noise_is_new_at_every_call_and_follows_the_seed(tmp_path):
     assert caught.value.details["where"] == "router.layers.1" and not (tmp_path / "engine").exists()
 
 
+def test_a_compiled_router_multiplies_no_matrices():
+    graphs = []
+
+    def backend(graph_module, _):
+        graphs.append(graph_module)
+        return graph_module
+
+    router, rows = Router(16), torch.randn(3, 63, 16)
+    torch.nn.init.normal_(router.weight)
+    torch.nn.init.normal_(router.bias)
+    found = []
+    for call in (router, torch.compile(router, backend=backend, dynamic=False)):
+        x = rows.clone().requires_grad_()
+        logits = call(x)
+        found.append([logits, *torch.autograd.grad(logits.square().sum(), [x, router.weight, router.bias])])
+    for expected, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, expected, rtol=1e-4, atol=1e-4)
+    targets = [node.target for graph_module in graphs for node in graph_module.graph.nodes]
+    assert targets and F.linear not in targets
+    # What is exported is still one product, which lowering looks for.
+    exported = torch.export.export(router, (rows,))
+    assert torch.ops.aten.linear.default in [node.target for node in exported.graph.nodes]
+
+
 @pytest.mark.parametrize(("options", "match"), [
     ({"router": "depth"}, "a depth is predicted for a whole input"),
     ({"router_hidden": 4}, "this router has no hidden layer"),

@@ -84,11 +84,15 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         x, positions = inputs
+        # Rows whose gradient goes another way, as merge_rows' own do, have none: no zeros are written for them.
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(positions)
         ctx.rows = x.shape[1]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+        if grad is None:
+            return None, None
         (positions,) = ctx.saved_tensors
         zeros = grad.new_zeros(positions.shape[0], ctx.rows, *grad.shape[2:])
         return overwrite(zeros, positions, grad), None

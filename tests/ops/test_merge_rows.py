@@ -1,3 +1,5 @@
+import sys
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -44,6 +46,17 @@ def bound(x, y, gate):
     """Three roundings of numbers no larger than this, each of half a unit in the last place."""
     largest = (1 + gate.abs().max().item()) * (x.abs().max().item() + y.abs().max().item())
     return 1.5 * torch.finfo(x.dtype).eps * largest
+
+
+def test_no_zeros_are_written_for_the_rows_that_it_keeps(monkeypatch):
+    x = torch.randn(2, 5, 3, requires_grad=True)
+    positions = torch.tensor([[0, 3], [1, 2]])
+    merged = torch.ops.modcompile.merge_rows(x, torch.randn(2, 2, 3), positions, torch.rand(2, 2, requires_grad=True))
+    written = []
+    module = sys.modules["modcompile.ops.gather_rows"]
+    monkeypatch.setattr(module, "overwrite", lambda *tensors: written.append(tensors))
+    merged.sum().backward()
+    assert not written and x.grad is not None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
