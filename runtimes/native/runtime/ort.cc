@@ -81,37 +81,59 @@ class OrtRunner final : public Runner {
     const bool is_graph = gpu_ != nullptr && gpu_->cuda_graph;
     // A graph keeps to the memory that it was recorded with, and the engine lets no other come here. Elsewhere ONNX
     // Runtime copies an input that it reads on another device, and does so when the input is bound.
-    if (!is_graph || values_.empty()) bind(inputs, buffers, own);
+    if (!is_graph || bound_.empty()) bind(inputs, buffers, own);
     // What is copied to or from the host is complete when the run returns.
     const bool waits = !all_device || gpu_->stream == nullptr;
     const auto turn = is_graph ? std::unique_lock(turn_) : std::unique_lock<std::mutex>();
     session_.Run(waits ? waiting_ : without_waiting_, binding_);
-    if (values_.empty()) values_ = binding_.GetOutputValues();
+    values_.clear();
     for (size_t i = 0; i < outputs.size(); ++i) {
+      if (buffers[i] != nullptr) {
+        outputs[i].shape = buffers[i]->shape;
+        outputs[i].data = buffers[i]->data;
+        outputs[i].memory = buffers[i]->memory;
+        continue;
+      }
+      if (values_.empty()) values_ = binding_.GetOutputValues();
       outputs[i].shape = values_[i].GetTensorTypeAndShapeInfo().GetShape();
       outputs[i].data = values_[i].GetTensorRawData();
-      outputs[i].memory = buffers[i] != nullptr ? buffers[i]->memory : own;
+      outputs[i].memory = own;
     }
   }
 
  private:
+  // What an output is bound to; null where ONNX Runtime allocates it.
+  struct Place {
+    void* data;
+    Memory memory;
+    std::vector<int64_t> shape;
+    bool operator==(const Place& other) const {
+      return data == other.data && memory == other.memory && shape == other.shape;
+    }
+  };
+
+  // What is bound takes the place of what was; an output that stays where it was is bound already.
   void bind(const std::vector<const Input*>& inputs, const std::vector<const Buffer*>& buffers, Memory own) {
     values_.clear();
-    binding_.ClearBoundInputs();
-    binding_.ClearBoundOutputs();
     for (const Input* input : inputs) {
       // ONNX Runtime has one type for tensors that it reads and that it writes; inputs it reads.
       binding_.BindInput(input->name.c_str(), wrap(*input, const_cast<void*>(input->data)));
     }
+    bound_.resize(buffers.size());
     for (size_t i = 0; i < buffers.size(); ++i) {
       const char* name = manifest_.outputs[i].name.c_str();
-      if (buffers[i] != nullptr) {
-        binding_.BindOutput(name, wrap(*buffers[i], buffers[i]->data));
+      const Buffer* buffer = buffers[i];
+      const Place place = buffer != nullptr ? Place{buffer->data, buffer->memory, buffer->shape} : Place{};
+      if (buffer != nullptr && bound_[i] == place) continue;
+      bound_[i] = {};
+      if (buffer != nullptr) {
+        binding_.BindOutput(name, wrap(*buffer, buffer->data));
       } else if (gpu_ != nullptr && gpu_->cuda_graph) {
         binding_.BindOutput(name, fixed(i));
       } else {
         binding_.BindOutput(name, memory(own));
       }
+      bound_[i] = place;
     }
   }
 
@@ -146,6 +168,7 @@ class OrtRunner final : public Runner {
   Ort::MemoryInfo host_, device_;
   Ort::RunOptions waiting_, without_waiting_;
   Ort::Allocator allocator_{nullptr};
+  std::vector<Place> bound_;
   // The memory of outputs without a buffer, and the outputs of the last run.
   std::vector<Ort::Value> fixed_, values_;
 };

@@ -75,8 +75,10 @@ class Bare {
     if (on_gpu) {
       OrtCUDAProviderOptionsV2* cuda = nullptr;
       Ort::ThrowOnError(Ort::GetApi().CreateCUDAProviderOptions(&cuda));
-      const char *keys[] = {"use_tf32", "enable_cuda_graph"}, *values[] = {"0", is_graph ? "1" : "0"};
-      Ort::ThrowOnError(Ort::GetApi().UpdateCUDAProviderOptions(cuda, keys, values, 2));
+      // As the C++ runtime has them.
+      const char *keys[] = {"use_tf32", "arena_extend_strategy", "enable_cuda_graph"};
+      const char *values[] = {"0", "kSameAsRequested", is_graph ? "1" : "0"};
+      Ort::ThrowOnError(Ort::GetApi().UpdateCUDAProviderOptions(cuda, keys, values, 3));
       options.AppendExecutionProvider_CUDA_V2(*cuda);
       Ort::GetApi().ReleaseCUDAProviderOptions(cuda);
     }
