@@ -40,6 +40,11 @@ AHEAD = """By how much *calibrated* is ahead of *pruned*, both trained:
 DECIDED = """The calibrated models trained, where each row decides for itself by a threshold (*enter*: how many rows do
 for each that top-k lets in):
 """
+SMALLER = """The same by way of a smaller dense model: blocks are dropped to a larger share first, what is left is
+trained for {first} of the {steps} steps, and pruned further or calibrated from there. Where few blocks are left, which
+of them are dropped is worth more than routing rows: one of the two starts spoils the pruned model and not the routed
+one, and from the other the routed model is behind the pruned one. Losses when trained:
+"""
 TASKS = """## An encoder, on tasks
 
 `examples/tasks.py`: {model}, fine-tuned on a task ({dense_steps} steps of {batch}), and what becomes of that model
@@ -57,6 +62,7 @@ def page(folder: Path) -> str:
         return json.loads(path.read_text(encoding="utf-8"))
 
     return "\n".join([HEAD, scaling(read(folder / "scaling.json")), budgets(read(folder / "budgets.json")),
+                      smaller([read(path) for path in sorted(folder.glob("budgets-after-*.json"))]),
                       tasks([read(path) for path in sorted((folder / "tasks").glob("*.json"))])]).rstrip() + "\n"
 
 
@@ -119,6 +125,24 @@ def budgets(report: dict[str, Any]) -> str:
         *command(f"python examples/train_budgets.py --train {train} \\\n"
                  f"    --held-out {held_out} \\\n"
                  f"    --steps {setting['steps']} --seeds {' '.join(seeds)} --device cuda --compile")])
+
+
+def smaller(reports: Sequence[dict[str, Any]]) -> str:
+    """What examples/train_budgets.py --smaller wrote, a report a start."""
+    setting = reports[0]["setting"]
+    names, lines = list(setting["held_out_tokens"]), []
+    for report in reports:
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for name, cell in report["cells"].items():
+            groups.setdefault(name.split(", ")[0].split()[0], []).append(cell)
+        for kind, made in sorted(groups.items(), key=lambda group: list(MODELS).index(group[0])):
+            if kind in ("pruned", "calibrated", "stochastic"):
+                figures = " | ".join(spread(made, lambda c, t=text: c["trained"][t]) for text in names)
+                start = report["setting"]["smaller"]
+                lines.append(f"| {start} | {MODELS[kind]} | {made[0]['flops']:.3f} | {len(made)} | {figures} |")
+    return "\n".join([SMALLER.format(first=setting["smaller_steps"], steps=setting["steps"]),
+                      *head("begins at", "", "FLOPs", "seeds", *names), *lines, "",
+                      "The command is the one above, with `--budgets 0.6 --smaller 0.7`, or 0.8.", ""])
 
 
 def tasks(reports: Sequence[dict[str, Any]]) -> str:
