@@ -62,15 +62,21 @@ kernels() { python tests/runtimes/native/bench_kernels.py -o "$out/kernels.json"
 
 training() { python examples/bench_training.py --output "$out/training.json"; }
 
-# Several processes share the cells; each takes what the others have not.
-budgets() {
-  local held_out=() name
+# train FOLDER OPTION...: several processes share the cells; each takes what the others have not.
+train() {
+  local held_out=() name folder=$1
+  shift
   for name in kernel plays python anarchism newsgroups; do held_out+=("$name=texts/held-out/$name.txt"); done
   for _ in 1 2 3 4; do
     python examples/train_budgets.py --train texts/train/{kernel,plays,python}.txt --held-out "${held_out[@]}" \
-      --steps 300 --seeds 0 1 --device cuda --compile --folder "$out/budgets" &
+      --steps 300 --seeds 0 1 --device cuda --compile --folder "$out/$folder" "$@" &
   done
   wait
+}
+
+budgets() {
+  train budgets
+  for share in 0.7 0.8; do train "budgets-after-$share" --budgets 0.6 --smaller "$share"; done
 }
 
 for part in engines kernels training budgets; do
