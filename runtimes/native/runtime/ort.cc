@@ -115,17 +115,18 @@ class OrtRunner final : public Runner {
   // What is bound takes the place of what was; an output that stays where it was is bound already.
   void bind(const std::vector<const Input*>& inputs, const std::vector<const Buffer*>& buffers, Memory own) {
     values_.clear();
+    // Whatever throws below, the next run binds all.
+    const std::vector<Place> before = std::exchange(bound_, {});
+    std::vector<Place> places(buffers.size());
     for (const Input* input : inputs) {
       // ONNX Runtime has one type for tensors that it reads and that it writes; inputs it reads.
       binding_.BindInput(input->name.c_str(), wrap(*input, const_cast<void*>(input->data)));
     }
-    bound_.resize(buffers.size());
     for (size_t i = 0; i < buffers.size(); ++i) {
       const char* name = manifest_.outputs[i].name.c_str();
       const Buffer* buffer = buffers[i];
-      const Place place = buffer != nullptr ? Place{buffer->data, buffer->memory, buffer->shape} : Place{};
-      if (buffer != nullptr && bound_[i] == place) continue;
-      bound_[i] = {};
+      if (buffer != nullptr) places[i] = {buffer->data, buffer->memory, buffer->shape};
+      if (buffer != nullptr && i < before.size() && before[i] == places[i]) continue;
       if (buffer != nullptr) {
         binding_.BindOutput(name, wrap(*buffer, buffer->data));
       } else if (gpu_ != nullptr && gpu_->cuda_graph) {
@@ -133,8 +134,8 @@ class OrtRunner final : public Runner {
       } else {
         binding_.BindOutput(name, memory(own));
       }
-      bound_[i] = place;
     }
+    bound_ = std::move(places);
   }
 
   const OrtMemoryInfo* memory(Memory where) const { return where == Memory::kHost ? host_ : device_; }
