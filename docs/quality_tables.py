@@ -88,21 +88,26 @@ def scaling(report: dict[str, Any]) -> str:
         *command(f"python examples/scaling.py --text {text} --batch {setting['batch']} --output scaling")])
 
 
-def budgets(report: dict[str, Any]) -> str:
-    """What examples/train_budgets.py wrote."""
-    setting, cells = report["setting"], report["cells"]
-    names = list(setting["held_out_tokens"])
-
-    # By kind and budget, which the dense model has none of, and by seed: "pruned 0.9, seed 0".
+def by_model(cells: dict[str, Any]) -> dict[tuple[str, float], dict[str, dict[str, Any]]]:
+    """Cells such as "pruned 0.9, seed 0" by kind and budget, which the dense model has none of, and then by seed."""
     groups: dict[tuple[str, float], dict[str, dict[str, Any]]] = {}
     for name, cell in cells.items():
         what, seed = name.split(", seed ")
         kind, *budget = what.split()
         groups.setdefault((kind, float(*budget)), {})[seed] = cell
+    order = sorted(groups, key=lambda group: (group[1] > 0, -group[1], list(MODELS).index(group[0])))
+    return {group: groups[group] for group in order}
+
+
+def budgets(report: dict[str, Any]) -> str:
+    """What examples/train_budgets.py wrote."""
+    setting = report["setting"]
+    names = list(setting["held_out_tokens"])
+
+    groups = by_model(report["cells"])
     seeds = sorted({seed for found in groups.values() for seed in found})
     lines, ahead, decided = [], [], []
-    for kind, budget in sorted(groups, key=lambda group: (group[1] > 0, -group[1], list(MODELS).index(group[0]))):
-        found = groups[kind, budget]
+    for (kind, budget), found in groups.items():
         made = list(found.values())
         share = f"{made[0]['flops']:.3f}"
         figures = " | ".join(f"{mean(made, lambda c, t=text: c['untrained'][t]):.3f}, "
@@ -132,13 +137,11 @@ def smaller(reports: Sequence[dict[str, Any]]) -> str:
     setting = reports[0]["setting"]
     names, lines = list(setting["held_out_tokens"]), []
     for report in reports:
-        groups: dict[str, list[dict[str, Any]]] = {}
-        for name, cell in report["cells"].items():
-            groups.setdefault(name.split(", ")[0].split()[0], []).append(cell)
-        for kind, made in sorted(groups.items(), key=lambda group: list(MODELS).index(group[0])):
-            if kind in ("pruned", "calibrated", "stochastic"):
+        start = report["setting"]["smaller"]
+        for (kind, _), found in by_model(report["cells"]).items():
+            if kind != "dense":
+                made = list(found.values())
                 figures = " | ".join(spread(made, lambda c, t=text: c["trained"][t]) for text in names)
-                start = report["setting"]["smaller"]
                 lines.append(f"| {start} | {MODELS[kind]} | {made[0]['flops']:.3f} | {len(made)} | {figures} |")
     return "\n".join([SMALLER.format(first=setting["smaller_steps"], steps=setting["steps"]),
                       *head("begins at", "", "FLOPs", "seeds", *names), *lines, "",
