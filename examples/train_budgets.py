@@ -42,7 +42,7 @@ from torch import nn
 
 import modcompile as mc
 from modcompile.calibration import calibrate_each, pruning_order
-from modcompile.flops import count_flops
+from modcompile.flops import count_flops, flops_by_module
 from modcompile.routers import NoiseRouter, router_path
 from modcompile.text_file import read_text
 from modcompile.training import QuantileThresholds, causal_model, logits_loss, next_token_loss
@@ -176,12 +176,12 @@ def stochastic(mod: mc.MoDModel) -> mc.MoDModel:
 
 
 def prune_to(graph: mc.GraphModel, calibration: list[dict[str, torch.Tensor]], limits: list[float],
-             sizes: dict[str, int], options: argparse.Namespace) -> list[list[str]]:
-    """For each limit of FLOPs, the fewest blocks to leave out, by measured loss, that keep it."""
-    order = pruning_order(graph, calibration, min(limits) / count_flops(graph, sizes),
-                          trial_batches=options.trial_batches)
-    flops = [count_flops(pruned_model(graph, order[:n]), sizes) for n in range(len(order) + 1)]
-    return [next(order[:n] for n, left in enumerate(flops) if left <= limit) for limit in limits]
+             sizes: dict[str, int], options: argparse.Namespace) -> list[tuple[list[str], float]]:
+    """For each limit of FLOPs, the fewest blocks to leave out, by measured loss, that keep it, and the share left."""
+    flops = flops_by_module(graph, sizes)
+    order = pruning_order(graph, calibration, min(limits) / flops[""], trial_batches=options.trial_batches)
+    left = [flops[""] - sum(flops[path] for path in order[:n]) for n in range(len(order) + 1)]
+    return [next((order[:n], rest / flops[""]) for n, rest in enumerate(left) if rest <= limit) for limit in limits]
 
 
 def smaller_dense(graph: mc.GraphModel, calibration: list[dict[str, torch.Tensor]], sizes: dict[str, int],
@@ -195,7 +195,8 @@ def smaller_dense(graph: mc.GraphModel, calibration: list[dict[str, torch.Tensor
             model = copy.deepcopy(pruned_model(graph, made.report["cells"]["pruned"]["blocks"]))
             safetensors.torch.load_model(model, weights)
         else:
-            (blocks,) = prune_to(graph, calibration, [options.smaller * count_flops(graph, sizes)], sizes, options)
+            limit = options.smaller * count_flops(graph, sizes)
+            ((blocks, _),) = prune_to(graph, calibration, [limit], sizes, options)
             model = copy.deepcopy(pruned_model(graph, blocks))
             spent = train(model, graph, texts, SMALLER_SEED, options.smaller_steps, options)
             safetensors.torch.save_model(model, str(weights))
@@ -224,11 +225,9 @@ def prepare(graph: mc.GraphModel, flops: int, calibration: list[dict[str, torch.
         if missing := [budget for budget in budgets if str(budget) not in prepared]:
             started = time.perf_counter()
             pruned = prune_to(graph, calibration, [budget * flops for budget in missing], sizes, options)
-            whole = count_flops(graph, sizes)
-            shares = [count_flops(pruned_model(graph, blocks), sizes) / whole for blocks in pruned]
-            results = calibrate_each(graph, calibration, shares, attend_to=options.attend_to,
+            results = calibrate_each(graph, calibration, [share for _, share in pruned], attend_to=options.attend_to,
                                      trial_batches=options.trial_batches, exchanges=options.exchanges)
-            for budget, blocks, result in zip(missing, pruned, results, strict=True):
+            for budget, (blocks, _), result in zip(missing, pruned, results, strict=True):
                 result.mod.save_pretrained(options.folder / f"calibrated-{budget}", overwrite=True)
                 prepared.write(str(budget), {"pruned": blocks, "calibrated": result.report,
                                              "seconds": time.perf_counter() - started})
