@@ -166,14 +166,14 @@ def route_kernel(
                 (count13 & 0xFFFF, count24 & 0xFFFF, count13 >> 16, count24 >> 16, count57 & 0xFFFF, count6,
                  count57 >> 16), 0, _add7)
         # Three questions find the two neighbours between which the K-th best key lies.
-        half, quarter = reach4 >= capacity, tl.where(reach4 >= capacity, reach6, reach2) >= capacity
+        upper = reach4 >= capacity
+        middle, reach_middle = tl.where(upper, trial6, trial2), tl.where(upper, reach6, reach2)
+        above_middle = reach_middle >= capacity
+        last = tl.where(upper, tl.where(above_middle, trial7, trial5), tl.where(above_middle, trial3, trial1))
+        reach_last = tl.where(upper, tl.where(above_middle, reach7, reach5), tl.where(above_middle, reach3, reach1))
         low, reached, high, above = _narrow(trial4, reach4, capacity, low, reached, high, above)
-        low, reached, high, above = _narrow(tl.where(half, trial6, trial2), tl.where(half, reach6, reach2), capacity,
-                                            low, reached, high, above)
-        low, reached, high, above = _narrow(
-            tl.where(half, tl.where(quarter, trial7, trial5), tl.where(quarter, trial3, trial1)),
-            tl.where(half, tl.where(quarter, reach7, reach5), tl.where(quarter, reach3, reach1)), capacity,
-            low, reached, high, above)
+        low, reached, high, above = _narrow(middle, reach_middle, capacity, low, reached, high, above)
+        low, reached, high, above = _narrow(last, reach_last, capacity, low, reached, high, above)
 
     # Rows that reach `least` are chosen, and of those that tie just below it the first `wanted`.
     least = tl.maximum(tl.where(reached == capacity, low, low + 1), 1)
