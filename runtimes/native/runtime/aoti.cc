@@ -168,8 +168,17 @@ class AotiRunner final : public Runner {
     const at::Device device = package_.device;
     Memory own = inputs.empty() ? Memory::kHost : Memory::kDevice;
     std::vector<at::Tensor> given;
-    for (const Input* input : inputs) {
-      given.push_back(wrap(*input, const_cast<void*>(input->data), device).to(device));
+    given.reserve(inputs.size());
+    places_.resize(inputs.size());
+    wrapped_.resize(inputs.size());
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      const Input* input = inputs[i];
+      if (!places_[i].has(input)) {
+        places_[i] = Place();
+        wrapped_[i] = wrap(*input, const_cast<void*>(input->data), device);
+        places_[i].keep(input);
+      }
+      given.push_back(wrapped_[i].device() == device ? wrapped_[i] : wrapped_[i].to(device));
       if (input->memory == Memory::kHost) own = Memory::kHost;
     }
     for (Output& output : outputs) output.data = nullptr;
@@ -188,10 +197,9 @@ class AotiRunner final : public Runner {
 #ifdef MODCOMPILE_TORCH_CUDA
     if (!recorded_) {
       recorded_.emplace(package_.device, [&] { launch(inputs, buffers, outputs); });
-      recorded_outputs_ = outputs;
     }
+    // The outputs are still those of the recording: where they lie no replay changes.
     recorded_->replay();
-    outputs = recorded_outputs_;
 #else
     // An engine on the CPU was refused when it was loaded.
     static_cast<void>(inputs), static_cast<void>(buffers), static_cast<void>(outputs);
@@ -200,7 +208,7 @@ class AotiRunner final : public Runner {
   }
 
   static void finish(at::Tensor& tensor, const Buffer* buffer, Memory own, Output& output) {
-    output.shape = tensor.sizes().vec();
+    output.shape.assign(tensor.sizes().begin(), tensor.sizes().end());
     if (tensor.scalar_type() != kTypes[static_cast<size_t>(output.dtype)]) {
       throw std::runtime_error("output " + output.name + " has another dtype");
     }
@@ -219,8 +227,16 @@ class AotiRunner final : public Runner {
     output.memory = own;
   }
 
-  // Compares the sizes that may vary with what the compiler allowed for.
-  void check_sizes(const std::vector<const Input*>& inputs) const {
+  // Compares the sizes that may vary with what the compiler allowed for, unless they are those of the last run.
+  void check_sizes(const std::vector<const Input*>& inputs) {
+    const auto same = [](const Input* input, const std::vector<int64_t>& shape) { return input->shape == shape; };
+    if (std::equal(inputs.begin(), inputs.end(), shapes_.begin(), shapes_.end(), same)) return;
+    shapes_.clear();
+    compare_sizes(inputs);
+    for (const Input* input : inputs) shapes_.push_back(input->shape);
+  }
+
+  void compare_sizes(const std::vector<const Input*>& inputs) const {
     std::map<std::string, int64_t> sizes;
     for (size_t i = 0; i < inputs.size(); ++i) {
       const TensorSpec& spec = manifest_.inputs[i];
@@ -259,11 +275,15 @@ class AotiRunner final : public Runner {
   const Manifest& manifest_;
   void* stream_;
   bool cuda_graph_;
+  // Of inputs that passed check_sizes.
+  std::vector<std::vector<int64_t>> shapes_;
+  // The caller's inputs as tensors, and where they lie.
+  std::vector<at::Tensor> wrapped_;
+  std::vector<Place> places_;
   // The memory of outputs without a buffer.
   std::vector<at::Tensor> tensors_;
 #ifdef MODCOMPILE_TORCH_CUDA
   // After what it reads and writes, so that it goes first.
-  std::vector<Output> recorded_outputs_;
   std::optional<Recorded> recorded_;
 #endif
 };

@@ -46,6 +46,35 @@ inline size_t bytes_of(DType dtype, const std::vector<int64_t>& shape) {
   return bytes;
 }
 
+// Where a tensor of the caller's was in the last run, whose preparations hold for a tensor that is still there. They go
+// by address and shape and keep nothing of what the memory holds. So they hold as well where it was freed since, and
+// what lies there now is another tensor of this shape. That a pointer is of freed memory is seen in no run, first or
+// later.
+class Place {
+ public:
+  // Whether no memory of the caller's was given.
+  bool is_own() const { return data_ == nullptr; }
+
+  template <typename Tensor>
+  bool has(const Tensor* tensor) const {
+    return tensor != nullptr && tensor->data == data_ && tensor->memory == memory_ && tensor->shape == shape_;
+  }
+
+  template <typename Tensor>
+  void keep(const Tensor* tensor) {
+    data_ = nullptr;
+    if (tensor == nullptr) return;
+    shape_ = tensor->shape;
+    memory_ = tensor->memory;
+    data_ = tensor->data;
+  }
+
+ private:
+  const void* data_ = nullptr;
+  Memory memory_ = Memory::kHost;
+  std::vector<int64_t> shape_;
+};
+
 // What to do where memory ran out, and whether an error says that it did.
 inline constexpr const char* kMoreMemory =
     "run fewer or shorter sequences at a time, or free memory: close the engines that are not in use";

@@ -79,8 +79,7 @@ class OrtRunner final : public Runner {
       all_device = all_device && (buffer == nullptr || buffer->memory == Memory::kDevice);
     }
     const bool is_graph = gpu_ != nullptr && gpu_->cuda_graph;
-    // A graph keeps to the memory that it was recorded with, and the engine lets no other come here. Elsewhere ONNX
-    // Runtime copies an input that it reads on another device, and does so when the input is bound.
+    // A graph keeps to the memory that it was recorded with, and the engine lets no other come here.
     if (!is_graph || bound_.empty()) bind(inputs, buffers, own);
     // What is copied to or from the host is complete when the run returns.
     const bool waits = !all_device || gpu_->stream == nullptr;
@@ -102,31 +101,25 @@ class OrtRunner final : public Runner {
   }
 
  private:
-  // What an output is bound to; null where ONNX Runtime allocates it.
-  struct Place {
-    void* data;
-    Memory memory;
-    std::vector<int64_t> shape;
-    bool operator==(const Place& other) const {
-      return data == other.data && memory == other.memory && shape == other.shape;
-    }
-  };
-
-  // What is bound takes the place of what was; an output that stays where it was is bound already.
+  // What is bound takes the place of what was. A tensor that stays where it was is bound already, but for the inputs of
+  // an engine on a GPU: one that ONNX Runtime reads on another device, it copies when it is bound.
   void bind(const std::vector<const Input*>& inputs, const std::vector<const Buffer*>& buffers, Memory own) {
     values_.clear();
     // Whatever throws below, the next run binds all.
-    const std::vector<Place> before = std::exchange(bound_, {});
-    std::vector<Place> places(buffers.size());
-    for (const Input* input : inputs) {
+    std::vector<Place> places = std::exchange(bound_, {});
+    places.resize(inputs.size() + buffers.size());
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      const Input* input = inputs[i];
+      if (gpu_ == nullptr && places[i].has(input)) continue;
       // ONNX Runtime has one type for tensors that it reads and that it writes; inputs it reads.
       binding_.BindInput(input->name.c_str(), wrap(*input, const_cast<void*>(input->data)));
+      places[i].keep(input);
     }
     for (size_t i = 0; i < buffers.size(); ++i) {
       const char* name = manifest_.outputs[i].name.c_str();
       const Buffer* buffer = buffers[i];
-      if (buffer != nullptr) places[i] = {buffer->data, buffer->memory, buffer->shape};
-      if (buffer != nullptr && i < before.size() && before[i] == places[i]) continue;
+      Place& place = places[inputs.size() + i];
+      if (place.has(buffer)) continue;
       if (buffer != nullptr) {
         binding_.BindOutput(name, wrap(*buffer, buffer->data));
       } else if (gpu_ != nullptr && gpu_->cuda_graph) {
@@ -134,6 +127,7 @@ class OrtRunner final : public Runner {
       } else {
         binding_.BindOutput(name, memory(own));
       }
+      place.keep(buffer);
     }
     bound_ = std::move(places);
   }

@@ -71,14 +71,19 @@ class OnDevice {
  public:
   explicit OnDevice(int device) {
     check(cudaGetDevice(&before_), "cudaGetDevice");
+    if (before_ == device) return;
     check(cudaSetDevice(device), "cudaSetDevice");
+    changed_ = true;
   }
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
-  ~OnDevice() { cudaSetDevice(before_); }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
 
  private:
   int before_ = 0;
+  bool changed_ = false;
 };
 
 // Device memory that grows.
@@ -170,25 +175,9 @@ class TrtRunner final : public Runner {
         if (!callers_) check(cudaStreamSynchronize(stream_), "a run");
         return;
       }
-      before_.clear();
-      after_.clear();
-      bool all_device = !inputs.empty();
-      for (size_t i = 0; i < inputs.size(); ++i) {
-        place(*inputs[i], staged_[i], varies(manifest_.inputs[i]));
-        all_device = all_device && inputs[i]->memory == Memory::kDevice;
-      }
-      const char* unknown = nullptr;
-      if (context_->inferShapes(1, &unknown) != 0) {
-        throw std::runtime_error(std::string("the shape of ") + (unknown == nullptr ? "a tensor" : unknown) +
-                                 " is not known");
-      }
-      const Memory own = all_device ? Memory::kDevice : Memory::kHost;
-      for (size_t i = 0; i < outputs.size(); ++i) {
-        place(outputs[i], buffers[i], own, i);
-        all_device = all_device && outputs[i].memory == Memory::kDevice;
-      }
+      if (!is_placed(inputs, buffers)) place_all(inputs, buffers, outputs);
       launch();
-      if (!callers_ || !all_device) check(cudaStreamSynchronize(stream_), "a run");
+      if (!callers_ || !all_device_) check(cudaStreamSynchronize(stream_), "a run");
       // TensorRT wants a run at these sizes before one that is recorded.
       if (opened_.cuda_graph) record();
     } catch (const std::runtime_error& error) {
@@ -199,6 +188,46 @@ class TrtRunner final : public Runner {
  private:
   static bool fits(const void* data, Memory memory) {
     return memory == Memory::kDevice && reinterpret_cast<uintptr_t>(data) % kAlignmentBytes == 0;
+  }
+
+  // Whether the context knows all tensors where they are, the outputs without a buffer in memory of the runner's.
+  bool is_placed(const std::vector<const Input*>& inputs, const std::vector<const Buffer*>& buffers) const {
+    if (placed_.empty()) return false;
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      if (!placed_[i].has(inputs[i])) return false;
+    }
+    for (size_t i = 0; i < buffers.size(); ++i) {
+      const Place& place = placed_[inputs.size() + i];
+      if (buffers[i] == nullptr ? !place.is_own() : !place.has(buffers[i])) return false;
+    }
+    return true;
+  }
+
+  void place_all(const std::vector<const Input*>& inputs, const std::vector<const Buffer*>& buffers,
+                 std::vector<Output>& outputs) {
+    // Whatever throws below, the next run places all.
+    std::vector<Place> placed = std::exchange(placed_, {});
+    placed.resize(inputs.size() + buffers.size());
+    before_.clear();
+    after_.clear();
+    all_device_ = !inputs.empty();
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      place(*inputs[i], staged_[i], varies(manifest_.inputs[i]));
+      placed[i].keep(inputs[i]);
+      all_device_ = all_device_ && inputs[i]->memory == Memory::kDevice;
+    }
+    const char* unknown = nullptr;
+    if (context_->inferShapes(1, &unknown) != 0) {
+      throw std::runtime_error(std::string("the shape of ") + (unknown == nullptr ? "a tensor" : unknown) +
+                               " is not known");
+    }
+    const Memory own = all_device_ ? Memory::kDevice : Memory::kHost;
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      place(outputs[i], buffers[i], own, i);
+      placed[inputs.size() + i].keep(buffers[i]);
+      all_device_ = all_device_ && outputs[i].memory == Memory::kDevice;
+    }
+    placed_ = std::move(placed);
   }
 
   void place(const Input& input, DeviceMemory& staged, bool varying) {
@@ -276,6 +305,9 @@ class TrtRunner final : public Runner {
   std::vector<DeviceMemory> staged_, own_;
   std::vector<std::string> host_;
   std::vector<Copy> before_, after_;
+  // Inputs, then outputs; empty before a run and after one that failed.
+  std::vector<Place> placed_;
+  bool all_device_ = false;
   cudaStream_t stream_;
   bool callers_;
   cudaGraphExec_t graph_ = nullptr;

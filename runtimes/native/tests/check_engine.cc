@@ -7,6 +7,7 @@
 //   run FOLDER TARGET TENSOR...           "ok" and the outputs in files TARGET/NAME, or the error's text
 //   run-bodies FOLDER TARGET TENSOR...    the same without the custom-op library
 //   run-c FOLDER TARGET TENSOR...         the same through the C API
+//   again FOLDER TENSOR...                "ok" if what a context keeps between runs shows in none of them
 //   misuse-c FOLDER                       what the C API says of null pointers
 //   threads FOLDER COUNT RUNS TENSOR...   "ok" if runs on several threads give what one thread gives
 //   cycles FOLDER COUNT TENSOR...         memory in KiB before and after loading and freeing the engine so often
@@ -17,6 +18,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <fstream>
 #include <iostream>
 #include <string>
@@ -56,6 +58,103 @@ std::string run(const Words& words) {
     }
   }
   return "ok";
+}
+
+std::vector<std::string> results_of(mc::Context& context, const std::vector<mc::Input>& inputs,
+                                    const std::vector<mc::Buffer>& buffers) {
+  std::vector<std::string> results;
+  for (const mc::Output& output : context.run(inputs, buffers)) results.push_back(contents_of(output));
+  return results;
+}
+
+std::string refusal_of(mc::Context& context, const std::vector<mc::Input>& inputs,
+                       const std::vector<mc::Buffer>& buffers) {
+  try {
+    context.run(inputs, buffers);
+    return "not refused";
+  } catch (const mc::Error& error) {
+    return error.what();
+  }
+}
+
+// A context is given, one after the other, the same tensors, other contents, other places, sizes, and what does not fit.
+// It must do each time what one does that was made just now.
+std::string again(const Words& words) {
+  const Tensors tensors(words, 2);
+  const mc::Engine engine = mc::Engine::load(words.at(1), kOptions);
+  const auto anew = [&engine](const std::vector<mc::Input>& inputs) {
+    mc::Context context = engine.make_context();
+    return results_of(context, inputs, {});
+  };
+  // Two copies of the inputs and of buffers, and contents in the reverse order.
+  std::vector<std::string> memory;
+  memory.reserve(4 * (tensors.inputs.size() + engine.outputs().size()));
+  std::vector<mc::Input> places[2], reversed = tensors.inputs;
+  std::vector<mc::Buffer> buffers[2];
+  for (auto& copies : places) {
+    for (const mc::Input& input : tensors.inputs) {
+      memory.emplace_back(static_cast<const char*>(input.data), bytes_of(input.dtype, input.shape));
+      copies.push_back({input.name, input.dtype, input.shape, memory.back().data()});
+    }
+  }
+  for (mc::Input& input : reversed) {
+    const auto* const data = static_cast<const char*>(input.data);
+    std::string& bytes = memory.emplace_back();
+    for (size_t at = bytes_of(input.dtype, input.shape); at > 0; at -= mc::size_of(input.dtype)) {
+      bytes.append(data + at - mc::size_of(input.dtype), mc::size_of(input.dtype));
+    }
+    input.data = bytes.data();
+  }
+  mc::Context context = engine.make_context();
+  for (auto& copies : buffers) {
+    for (const mc::Output& output : context.run(places[0])) {
+      std::string& bytes = memory.emplace_back(bytes_of(output.dtype, output.shape), '\0');
+      copies.push_back({output.name, output.dtype, output.shape, bytes.data()});
+    }
+  }
+  const std::vector<std::string> expected = anew(tensors.inputs), expected_reversed = anew(reversed);
+  if (expected == expected_reversed) return "both contents give the same";
+
+  for (const int inputs : {0, 0, 1, 0}) {
+    for (const int outputs : {0, 1, 1, 2, 0, 2}) {
+      for (const bool is_reversed : {false, true, false}) {
+        const std::vector<mc::Input>& contents = is_reversed ? reversed : tensors.inputs;
+        for (size_t i = 0; i < contents.size(); ++i) {
+          std::memcpy(const_cast<void*>(places[inputs][i].data), contents[i].data,
+                      bytes_of(contents[i].dtype, contents[i].shape));
+        }
+        const std::vector<mc::Buffer>& targets = outputs == 2 ? std::vector<mc::Buffer>() : buffers[outputs];
+        for (const mc::Buffer& buffer : targets) std::memset(buffer.data, 0, bytes_of(buffer.dtype, buffer.shape));
+        if (results_of(context, places[inputs], targets) != (is_reversed ? expected_reversed : expected)) {
+          return "a later run differs";
+        }
+        for (size_t i = 0; i < targets.size(); ++i) {
+          if (context.run(places[inputs], targets)[i].data != targets[i].data) return "the output is not in its buffer";
+        }
+      }
+    }
+  }
+
+  std::vector<std::vector<mc::Input>> misfits(7, places[0]);
+  misfits[0][0].data = nullptr;
+  misfits[1][0].dtype = mc::DType::kFloat64;
+  misfits[2][0].shape.back() += 1;
+  misfits[3][0].memory = mc::Memory::kDevice;
+  misfits[4][0].name += "?";
+  misfits[5].pop_back();
+  misfits[6].push_back(misfits[6][0]);
+  for (const std::vector<mc::Input>& misfit : misfits) {
+    mc::Context other = engine.make_context();
+    const std::string refusal = refusal_of(context, misfit, buffers[0]);
+    // TensorRT's engines take device memory, which is the host's where its stand-in runs them.
+    if (refusal != refusal_of(other, misfit, buffers[0])) return "refused in another way: " + refusal;
+    if (refusal == "not refused" && &misfit != &misfits[3]) return refusal;
+    if (results_of(context, places[0], buffers[0]) != expected) return "a run after one that was refused differs";
+  }
+  std::vector<mc::Buffer> no_buffers = buffers[0];
+  no_buffers[0].data = nullptr;
+  const std::string refusal = refusal_of(context, places[0], no_buffers);
+  return refusal.find(" has no data\n") == std::string::npos ? "a buffer without data: " + refusal : "ok";
 }
 
 template <typename Tensor>
@@ -216,6 +315,7 @@ std::string answer(const Words& words) {
     if (command == "describe") return describe(words);
     if (command == "run" || command == "run-bodies") return run(words);
     if (command == "run-c") return run_c(words);
+    if (command == "again") return again(words);
     if (command == "misuse-c") return misuse_c(words);
     if (command == "threads") return threads(words);
     if (command == "cycles") return cycles(words);

@@ -143,6 +143,11 @@ def test_outputs_go_to_the_callers_buffers(driver, bundles, tmp_path, ask):
             assert (tmp_path / name).read_bytes() == array.tobytes()
 
 
+@pytest.mark.parametrize("name", ["dynamic", "static"])
+def test_what_a_context_keeps_between_runs_shows_in_none(driver, bundles, tmp_path, name):
+    assert driver.ask("again", bundles / name, *words(batch(), tmp_path)) == "ok"
+
+
 @pytest.mark.parametrize("name, change, parts", [
     ("hidden", {"dtype": np.float64}, ["output hidden has the wrong dtype", "expected: float32"]),
     ("hidden", {"shape": (3, 63)}, ["output hidden has the wrong rank", "shape (3, 63)"]),

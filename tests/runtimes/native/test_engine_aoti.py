@@ -90,6 +90,10 @@ def test_threads_with_a_context_each(driver, engine, tmp_path):
     assert driver.ask("threads", engine, 8, 200, *words(batch(), tmp_path)) == "ok"
 
 
+def test_what_a_context_keeps_between_runs_shows_in_none(driver, engine, tmp_path):
+    assert driver.ask("again", engine, *words(batch(), tmp_path)) == "ok"
+
+
 def test_sizes_that_the_compiler_did_not_allow_for(driver, altered, tmp_path):
     inputs = batch()
     for target in ({"largest sequence": "32"}, {"elements": f"{2**31} batch, 3 sequence"}):

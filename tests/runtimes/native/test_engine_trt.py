@@ -132,6 +132,12 @@ def test_threads_with_a_context_each(driver, make, tmp_path):
     assert driver.ask("threads", make("varying"), 8, 200, *words(rows(3), tmp_path)) == "ok"
 
 
+def test_what_a_context_keeps_between_runs_shows_in_none(driver, make, tmp_path):
+    for plan in ("varying", "static"):
+        folder = make(plan, batch="batch" if plan == "varying" else B)
+        assert driver.ask("again", folder, *words(rows(3), tmp_path)) == "ok"
+
+
 def test_device_memory_streams_and_graphs(programs, make, tmp_path):
     """What a GPU's test does, see tests/check_engine_gpu.cc."""
     tensors = []
