@@ -1,7 +1,8 @@
 """Drives the C++ runtime: the program runtimes/native/tests/check_engine.cc, and its words."""
 
-__all__ = ["NATIVE", "ROOT", "Driver", "command", "python_run", "word", "words"]
+__all__ = ["NATIVE", "ROOT", "Driver", "command", "overhead", "python_run", "word", "words"]
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -53,6 +54,12 @@ def word(name, array, folder):
 
 def words(inputs, folder):
     return [word(name, array, folder) for name, array in inputs.items()]
+
+
+def overhead(program, folder, runs, inputs, scratch, **options):
+    """What bench_engine says of an engine: a run of the C++ runtime's beside the back end's own, by mode."""
+    printed = command(program, folder, runs, *words(inputs, scratch), **options)
+    return [json.loads(line) for line in printed.splitlines()]
 
 
 def python_run(folder, inputs, **options):

@@ -1,9 +1,11 @@
-"""The C++ runtime's back end AOTInductor, on the CPU: C++ and Python compute the same from a package.
+"""The C++ runtime's back end AOTInductor, on the CPU: C++ and Python compute the same from a package. And what the
+runtime's benchmark prints, of this back end and of ONNX Runtime.
 
 It is built where the C++ runtime is, see test_engine.py, with the C++ library of the torch that is installed.
 """
 
 import contextlib
+import os
 import re
 import shutil
 
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from native_driver import Driver, command, words
+from native_driver import Driver, command, overhead, words
 
 import modcompile as mc
 from modcompile.errors import UsageError
@@ -22,28 +24,37 @@ pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
-def driver(configure, tmp_path_factory):
+def programs(configure, tmp_path_factory):
     folder = tmp_path_factory.mktemp("aoti")
     configure(folder, "-DMODCOMPILE_RUNTIME_AOTI=ON", f"-DTorch_DIR={torch.utils.cmake_prefix_path}/Torch",
               "-DMODCOMPILE_TESTS=ON")
-    command("cmake", "--build", folder, "--parallel", 2, "--target", "check_engine")
+    command("cmake", "--build", folder, "--parallel", 2, "--target", "check_engine", "bench_engine")
+    return folder / "runtime"
+
+
+@pytest.fixture(scope="module")
+def driver(programs):
     # Torch has as many threads as the environment says.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("OWN_THREADS", "1")
-        started = Driver(folder / "runtime" / "check_engine")
+        started = Driver(programs / "check_engine")
     with contextlib.closing(started) as driver:
         yield driver
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    """A routed model whose sizes vary."""
+def model():
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("engine")
     example = {"hidden": torch.randn(2, 5, tiny.WIDTH), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
     model = mc.convert(tiny.Stack(*(tiny.Block() for _ in range(2))), example, mc.MoDConfig(capacity_ratio=0.25))
-    tiny.randomise_routers(model)
+    return tiny.randomise_routers(model)
+
+
+@pytest.fixture(scope="module")
+def engine(model, tmp_path_factory):
+    """A routed model whose sizes vary."""
+    folder = tmp_path_factory.mktemp("engine")
     mc.build_engine(model, folder / "engine", runtime="aoti").close()
     return folder / "engine"
 
@@ -133,3 +144,19 @@ def test_another_release_of_torch(driver, engine, tmp_path):
     answer = driver.ask("load", folder)
     assert re.match(r"AOTInductor packages are bound to the release of torch that compiled them\n"
                     r"  expected: torch>=1\.9,<1\.10\n  found: torch \d", answer)
+
+
+def test_the_benchmark(programs, model, engine, tmp_path):
+    """What it says is plausible; how long a run takes is not for a test that shares its machine."""
+    mc.build_engine(model, tmp_path / "ort", runtime="ort", shapes={"hidden": (3, 63, tiny.WIDTH)}).close()
+    for folder in (engine, tmp_path / "ort"):
+        (figure,) = overhead(programs / "bench_engine", folder, 200, batch(), tmp_path,
+                             env={**os.environ, "OMP_NUM_THREADS": "1"})
+        manifest = read_manifest(folder)
+        assert figure["runtime"] == manifest.runtime
+        assert manifest.runtime_version.startswith(figure["version"])
+        assert (figure["device"], figure["cuda_graph"], figure["runs"]) == ("cpu", False, 200)
+        # Microseconds: a run of this model takes more than one, and less than a second.
+        assert 1 < figure["bare_us"] < 1e6 and 1 < figure["modcompile_us"] < 1e6
+        assert 0 < figure["prepare_us"] < figure["bare_us"]
+        assert max(abs(figure["difference_us"]), abs(figure["noise_us"])) < figure["bare_us"]

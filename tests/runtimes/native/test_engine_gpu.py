@@ -4,8 +4,12 @@ tests/check_engine_gpu.cc does the work. TensorRT's back end is built where TENS
 name its headers and its library; without a GPU it is only compiled, where there are the headers. TensorRT 8.6, which
 this package does not build engines with, needs what builds one: TRT86_RUNNER, a command as trt86_bench.py takes it,
 and MODCOMPILE_TRT86, the plugin library for it. CHECK_ENGINE_GPU names a program that was built already.
+
+What the C++ runtime adds to each back end, tests/bench_engine.cc measures. ENGINE_FIGURES names a file for that, one of
+all back ends that a call tests, as docs/benchmarks/engine has them.
 """
 
+import json
 import os
 import shlex
 import shutil
@@ -21,7 +25,7 @@ import tiny
 import torch
 from modcompile.runtimes.trt.lower import lower
 from modcompile.runtimes.trt.profile import bind_profile
-from native_driver import command, words
+from native_driver import command, overhead, words
 
 import modcompile as mc
 from modcompile.manifest import write_manifest
@@ -29,6 +33,7 @@ from modcompile.manifest import write_manifest
 # B batch  S rows  D model dim
 B, S = 3, 63
 RUNS = 100
+BENCH_RUNS = 2000
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 
 
@@ -70,6 +75,24 @@ def model():
     return routed, batches
 
 
+@pytest.fixture(scope="module")
+def measure(environment):
+    """Adds what bench_engine says of an engine to the figures, prints them, and writes them where they are wanted."""
+    report = {"machine": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "torch": torch.__version__,
+              "command": "pytest tests/runtimes/native/test_engine_gpu.py -m gpu -s", "runs": []}
+
+    def add(program, folder, batch, tmp_path):
+        model = f"two blocks of width {tiny.WIDTH}, one of them routed, {B} x {S} tokens, float32"
+        for figure in overhead(program.with_name("bench_engine"), folder, BENCH_RUNS, batch, tmp_path, env=environment):
+            report["runs"].append({"model": model, **figure})
+            print(json.dumps(report["runs"][-1]))
+        # After each back end, for one of the next may end the process.
+        if path := os.environ.get("ENGINE_FIGURES"):
+            Path(path).write_text(json.dumps(report, indent=1) + "\n")
+
+    return add
+
+
 def check(program, environment, folder, batches, tmp_path, in_python=True):
     """Runs the program; what it computed from host memory is Python's as well."""
     tensors = []
@@ -89,22 +112,19 @@ def check(program, environment, folder, batches, tmp_path, in_python=True):
 @pytest.mark.gpu
 @no_gpu
 @pytest.mark.skipif("CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="no onnxruntime-gpu")
-def test_onnx_runtime(program, environment, model, tmp_path):
+def test_onnx_runtime(program, environment, measure, model, tmp_path):
     routed, batches = model
     # A CUDA graph is of nodes that all run on CUDA: with static shapes none is left for the CPU.
     mc.build_engine(routed, tmp_path / "engine", runtime="ort", providers=["CUDAExecutionProvider"],
                     shapes={"hidden": (B, S, tiny.WIDTH)}).close()
     built = program()
     check(built, environment, tmp_path / "engine", batches, tmp_path)
-    printed = subprocess.run([built.with_name("bench_engine"), tmp_path / "engine", "2000",
-                              *words(batches[0], tmp_path)], capture_output=True, text=True, env=environment)
-    print(printed.stdout, printed.stderr)
-    assert printed.returncode == 0
+    measure(built, tmp_path / "engine", batches[0], tmp_path)
 
 
 @pytest.mark.gpu
 @no_gpu
-def test_tensorrt(program, environment, model, tmp_path):
+def test_tensorrt(program, environment, measure, model, tmp_path):
     pytest.importorskip("tensorrt")
     missing = [name for name in ("TENSORRT_INCLUDE_DIR", "TENSORRT_LIBRARY") if name not in os.environ]
     if missing:
@@ -114,11 +134,12 @@ def test_tensorrt(program, environment, model, tmp_path):
     built = program("-DMODCOMPILE_RUNTIME_TRT=ON", f"-DTENSORRT_INCLUDE_DIR={os.environ['TENSORRT_INCLUDE_DIR']}",
                     f"-DTENSORRT_LIBRARY={os.environ['TENSORRT_LIBRARY']}")
     check(built, environment, tmp_path / "engine", batches, tmp_path)
+    measure(built, tmp_path / "engine", batches[0], tmp_path)
 
 
 @pytest.mark.gpu
 @no_gpu
-def test_tensorrt_8(program, environment, tmp_path):
+def test_tensorrt_8(program, environment, measure, tmp_path):
     """An engine with our plugins, of a release that has no package for this Python, in a bundle made by hand."""
     needed = ("TRT86_RUNNER", "MODCOMPILE_TRT86", "TENSORRT_INCLUDE_DIR", "TENSORRT_LIBRARY")
     if missing := [name for name in needed if name not in os.environ]:
@@ -147,22 +168,24 @@ def test_tensorrt_8(program, environment, tmp_path):
         "precision": "fp32", "entry": "model.plan", "target": {"compute_capability": f"{major}.{minor}"},
         "inputs": [{"name": "hidden", "dtype": "float32", "shape": shapes["hidden"]}],
         "outputs": [{"name": output.name, "dtype": "float32", "shape": shapes["hidden"]}]})
-    check(program("-DMODCOMPILE_RUNTIME_TRT=ON", "-DMODCOMPILE_RUNTIME_ORT=OFF",
-                  f"-DTENSORRT_INCLUDE_DIR={os.environ['TENSORRT_INCLUDE_DIR']}",
-                  f"-DTENSORRT_LIBRARY={os.environ['TENSORRT_LIBRARY']}"),
-          environment, folder, batches, tmp_path, in_python=False)
+    built = program("-DMODCOMPILE_RUNTIME_TRT=ON", "-DMODCOMPILE_RUNTIME_ORT=OFF",
+                    f"-DTENSORRT_INCLUDE_DIR={os.environ['TENSORRT_INCLUDE_DIR']}",
+                    f"-DTENSORRT_LIBRARY={os.environ['TENSORRT_LIBRARY']}")
+    check(built, environment, folder, batches, tmp_path, in_python=False)
     expected = np.load(tmp_path / "outputs.npz")[output.name]
     assert np.isfinite(expected).all() and (tmp_path / output.name).read_bytes() == expected.tobytes()
+    measure(built, folder, batches[0], tmp_path)
 
 
 @pytest.mark.gpu
 @no_gpu
-def test_aoti(program, environment, model, tmp_path):
+def test_aoti(program, environment, measure, model, tmp_path):
     routed, batches = model
     mc.build_engine(routed, tmp_path / "engine", runtime="aoti", device="cuda",
                     shapes={"hidden": (B, S, tiny.WIDTH)}).close()
     built = program("-DMODCOMPILE_RUNTIME_AOTI=ON", f"-DTorch_DIR={torch.utils.cmake_prefix_path}/Torch")
     check(built, environment, tmp_path / "engine", batches, tmp_path)
+    measure(built, tmp_path / "engine", batches[0], tmp_path)
 
 
 @pytest.mark.long

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from native_driver import Driver, command, words
+from native_driver import Driver, command, overhead, words
 
 from modcompile.manifest import MANIFEST_NAME, TensorSpec, write_manifest
 
@@ -149,6 +149,19 @@ def test_device_memory_streams_and_graphs(programs, make, tmp_path):
                       env={**os.environ, "LD_PRELOAD": str(fake)})
     assert printed.splitlines() == ["device memory: ok", "a stream: ok", "8 threads: ok", "a CUDA graph: ok",
                                     "a CUDA graph on a stream: ok", "all checks passed"]
+
+
+def test_the_benchmark(programs, make, tmp_path):
+    folder, fake = programs
+    for plan in ("varying", "static"):
+        engine = make(plan, batch="batch" if plan == "varying" else B)
+        figures = overhead(folder / "bench_engine", engine, 200, rows(B), tmp_path,
+                           env={**os.environ, "LD_PRELOAD": str(fake)})
+        # A CUDA graph has one size.
+        assert [figure["cuda_graph"] for figure in figures] == [False, True][:1 + (plan == "static")]
+        for figure in figures:
+            assert (figure["runtime"], figure["device"], figure["runs"]) == ("tensorrt", "cuda", 200)
+            assert figure["bare_us"] > 0 and figure["modcompile_us"] > 0
 
 
 def test_what_is_not_there(driver, make, version):
