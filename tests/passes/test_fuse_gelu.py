@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from modcompile.passes.fuse_gelu import FuseGelu
 from tiny import graph_of, nodes_of, run_again, run_graph
 from tolerances import TOLERANCES, deviation
 
-from modcompile.export.fuse_gelu import FuseGelu
 from modcompile.pass_manager import PassManager
 
 aten = torch.ops.aten
