@@ -1,7 +1,7 @@
 """A model under ``torch.compile``: what a user of PyTorch has without an engine, as an engine to compare with.
 
-The graph is the one that AOTInductor's engines are made from, after the same passes. On a GPU the mode is
-``max-autotune``, which records CUDA graphs; on a CPU it is the default one.
+The graph is the one that AOTInductor's engines are made from, after the same passes but those that compute activations
+in another way. On a GPU the mode is ``max-autotune``, which records CUDA graphs; on a CPU it is the default one.
 """
 
 __all__ = ["CompiledModel"]
@@ -49,6 +49,7 @@ class CompiledModel(Engine):
         # It imports the compiler.
         from modcompile.runtimes.aoti.builder import lowering_passes
 
+        # Without a device, so without what engines do about GELU: here it is compiled as the model writes it.
         flat = PassManager(lowering_passes(precision))(flatten(model.eval(), shapes))
         inputs = flat.graph.find_nodes(op="placeholder")
         outputs = flat.graph.output_node().args[0]

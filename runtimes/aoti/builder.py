@@ -17,10 +17,13 @@ from typing import Any
 
 import torch
 import torch._inductor
+from modcompile.passes.activate_products import ActivateProducts
 from modcompile.passes.cast_precision import CastPrecision
+from modcompile.passes.expand_gelu import ExpandGelu
 from modcompile.passes.fold_filled import FoldFilled
 from modcompile.passes.fold_straight_through import FoldStraightThrough
 from modcompile.passes.fuse_attention import FuseAttention
+from modcompile.passes.fuse_gelu import FuseGelu
 from modcompile.passes.norm_before_merge import NormBeforeMerge
 from modcompile.passes.overwrite_rows import OverwriteRows
 from modcompile.passes.simplify_masks import SimplifyMasks
@@ -85,7 +88,7 @@ def build(model: nn.Module, folder: Path, *, runtime: str, precision: str | None
     graph = model if isinstance(model, GraphModel) else capture(model, example_inputs)
     home = next((tensor.device for tensor in graph.tensors().values()), torch.device("cpu"))
     place = find_device(str(home) if device is None else device)
-    passes = PassManager(lowering_passes(precision))
+    passes = PassManager(lowering_passes(precision, place))
     flat = passes(flatten(_at(graph, place), shapes))
     # On a GPU the compiler sees route's kernel.
     program = lift(flat, opaque=False).run_decompositions(
@@ -112,8 +115,14 @@ def build(model: nn.Module, folder: Path, *, runtime: str, precision: str | None
     }
 
 
-def lowering_passes(precision: str) -> list[Pass]:
-    """The pipeline on the flat graph, read top to bottom."""
+def lowering_passes(precision: str, device: torch.device | None = None) -> list[Pass]:
+    """The pipeline on the flat graph, read top to bottom.
+
+    Args:
+        precision: "fp32", "fp16" or "bf16".
+        device: What an engine is for. Without one, activations stay as the model writes them: in PyTorch, with which
+            an engine is compared, they are.
+    """
     half = PRECISIONS[precision]
     return [
         # A constant gate must not look like arithmetic on logits to what follows.
@@ -126,12 +135,18 @@ def lowering_passes(precision: str) -> list[Pass]:
         # A norm that is written out becomes one node, which can be moved as one.
         FuseRmsNorm(),
         NormBeforeMerge(),
+        # So does an activation, before its power is cast to float32.
+        *([FuseGelu()] if device else []),
         # What an operator does inside, it does in float32.
         *([CastPrecision(half)] if half else []),
         # A router's product, which is in float32 whatever the precision, joins the kernel that makes its rows.
         SumColumns(),
         # What is left of a merge, where nothing is left of its gate.
         OverwriteRows(),
+        # cuBLASLt's products have an activation in them.
+        *([ActivateProducts()] if device and device.type == "cuda" else []),
+        # For what is left there is a form without a tanh.
+        *([ExpandGelu()] if device else []),
     ]
 
 

@@ -43,6 +43,7 @@ from modcompile.variants import dense_model, oracle_model, with_routing_outputs
 
 D = 8
 ROUTE = torch.ops.modcompile.route.default
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MERGE, PUT, NORM = (torch.ops.modcompile.merge_rows.default, torch.ops.aten.index_put.default,
                     torch.ops.aten.layer_norm.default)
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
@@ -126,9 +127,9 @@ def test_a_built_engine_says_what_it_is(model, folder, engine):
                                                        "attention_mask int64 [batch, sequence]"]
     assert [str(spec) for spec in manifest.outputs] == ["output float32 [batch, sequence, 8]"]
     assert list(manifest.routed_blocks) == model.routed_blocks
-    assert [record.name for record in manifest.passes][-7:] == [
+    assert [record.name for record in manifest.passes][-9:] == [
         "fold-straight-through", "fuse-attention", "simplify-masks", "fuse-rms-norm", "norm-before-merge",
-        "sum-columns", "overwrite-rows"]
+        "fuse-gelu", "sum-columns", "overwrite-rows", "expand-gelu"]
     assert target_of(torch.device("cpu")).items() <= manifest.target.items()
     # Neither generated code nor a second copy of the weights stays.
     assert sorted(os.listdir(folder)) == ["manifest.json", "model.pt2"]
@@ -675,6 +676,41 @@ def test_rows_are_written_in_place():
         assert max(map(order.index, put.args[0].users)) == order.index(put)
 
 
+@pytest.mark.parametrize(("name", "kind", "precision", "device", "expected"), [
+    *(("gpt2-unmasked", kind, "fp16", CUDA, "_addmm_activation") for kind in ("dense", "chosen", "all")),
+    ("gpt2-unmasked", "dense", "bf16", CUDA, "_addmm_activation"),
+    ("gpt2-unmasked", "all", "fp32", CUDA, "sigmoid"), ("gpt2-unmasked", "dense", "fp16", CPU, "sigmoid"),
+    ("bert", "dense", "fp16", CUDA, "gelu"), ("bert", "dense", "fp32", CPU, "gelu"),
+    # As it is written, for what an engine is compared with.
+    ("gpt2-unmasked", "dense", "fp16", None, "tanh"),
+])
+def test_how_activations_are_computed(name, kind, precision, device, expected):
+    model = of_kind(name, kind)
+    for shapes in (None, {spec.name: (3, 33) for spec in model.inputs}):
+        flat = PassManager(builder.lowering_passes(precision, device))(flatten(model, shapes))
+        found = {op: len(flat.graph.find_nodes(op="call_function", target=getattr(torch.ops.aten, op).default))
+                 for op in ("_addmm_activation", "gelu", "sigmoid", "tanh")}
+        # One in each block, and BERT's head has one more.
+        assert found == {**dict.fromkeys(found, 0), expected: 4 + (name == "bert")}
+
+
+def wrapper_of(folder):
+    with zipfile.ZipFile(folder / "model.pt2") as package:
+        return "".join(package.read(n).decode() for n in package.namelist() if n.endswith("wrapper.cpp"))
+
+
+@pytest.mark.parametrize("shapes", [None, {"input_ids": (3, 33)}], ids=["symbolic", "static"])
+@pytest.mark.long
+def test_a_package_calls_a_product_with_its_activation(tmp_path, monkeypatch, shapes):
+    """With the pipeline for CUDA on a CPU, where the op is the exact form: it is a few thousandths away."""
+    passes = builder.lowering_passes("fp16", CUDA)
+    monkeypatch.setattr(builder, "lowering_passes", lambda *_: passes)
+    model = of_kind("gpt2-unmasked", "dense")
+    with build_engine(model, tmp_path / "engine", runtime="aoti", precision="fp16", shapes=shapes) as engine:
+        assert_parity(engine, model, ids_of(5, "cpu"))
+    assert wrapper_of(tmp_path / "engine").count("aoti_torch_cpu__addmm_activation(") == 4
+
+
 class TestGpu:
     """The same engine with and without a CUDA graph."""
 
@@ -700,8 +736,7 @@ class TestGpu:
             assert mc.verify(gpu[0], engine, ids, options={"autotune": False}).outputs
 
     def test_the_route_is_a_kernel(self, gpu):
-        with zipfile.ZipFile(gpu[1] / "model.pt2") as package:
-            wrapper = "".join(package.read(n).decode() for n in package.namelist() if n.endswith("wrapper.cpp"))
+        wrapper = wrapper_of(gpu[1])
         assert "route_kernel" in wrapper and "aoti_torch_proxy_executor_call_function" not in wrapper
         # Both take the causal flag; the kernel for masks does not.
         assert "flash_attention" in wrapper or "cudnn_attention" in wrapper
@@ -804,6 +839,19 @@ class TestGpu:
             for _ in range(2):
                 assert_parity(engine, model, {key: value.cuda() for key, value in inputs.items()},
                               member.valid(inputs))
+
+    @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+    @pytest.mark.parametrize("shapes", [None, {"input_ids": (3, 33)}], ids=["symbolic", "static"])
+    def test_activations(self, tmp_path, precision, shapes):
+        """In half precision a product of cuBLASLt's has them; in float32 the compiler writes them without a tanh."""
+        model = of_kind("gpt2-unmasked", "dense")
+        with build_engine(model, tmp_path / "engine", runtime="aoti", device="cuda", precision=precision,
+                          shapes=shapes, autotune=False) as engine:
+            assert_parity(engine, model, ids_of(5))
+        wrapper = wrapper_of(tmp_path / "engine")
+        assert wrapper.count("aoti_torch_cuda__addmm_activation(") == (0 if precision == "fp32" else 4)
+        # Kernels are named after the operators in them.
+        assert "_tanh" not in wrapper and ("_sigmoid" in wrapper) == (precision == "fp32")
 
     def test_another_gpu(self, gpu, engine):
         if torch.cuda.device_count() < 2:
