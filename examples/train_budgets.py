@@ -41,7 +41,6 @@ from filelock import FileLock
 from torch import nn
 
 import modcompile as mc
-from modcompile.bypass import bypass_parameters
 from modcompile.calibration import calibrate_each, pruning_order
 from modcompile.flops import count_flops, flops_by_module
 from modcompile.routers import NoiseRouter, router_path
@@ -136,10 +135,8 @@ def train(model: mc.GraphModel, teacher: mc.GraphModel, texts: Texts, seed: int,
     model.train()
     device = texts.train.device
     routers = {id(p) for router in model.routers.values() for p in router.parameters()}
-    bypasses = {id(p) for p in bypass_parameters(model).values()}
-    groups = [{"params": [p for p in model.parameters() if id(p) not in routers | bypasses]},
-              {"params": [p for p in model.parameters() if id(p) in routers], "lr": options.router_lr},
-              {"params": [p for p in model.parameters() if id(p) in bypasses], "lr": options.bypass_lr}]
+    groups = [{"params": [p for p in model.parameters() if id(p) not in routers]},
+              {"params": [p for p in model.parameters() if id(p) in routers], "lr": options.router_lr}]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], options.lr, (0.9, 0.95),
                                   weight_decay=0.0, fused=device.type == "cuda")
     schedule = cosine(optimizer, steps, WARMUP)
@@ -223,14 +220,13 @@ def prepare(graph: mc.GraphModel, flops: int, calibration: list[dict[str, torch.
     """
     budgets = sorted(options.budgets, reverse=True)
     prepared = Cells(options.folder / "prepared.json", {key: getattr(options, key) for key in (
-        "attend_to", "calibration_sequences", "calibration_batch", "trial_batches", "exchanges", "bypass_rank")})
+        "attend_to", "calibration_sequences", "calibration_batch", "trial_batches", "exchanges")})
     with FileLock(options.folder / "preparing.lock"):
         if missing := [budget for budget in budgets if str(budget) not in prepared]:
             started = time.perf_counter()
             pruned = prune_to(graph, calibration, [budget * flops for budget in missing], sizes, options)
             results = calibrate_each(graph, calibration, [share for _, share in pruned], attend_to=options.attend_to,
-                                     trial_batches=options.trial_batches, exchanges=options.exchanges,
-                                     bypass_rank=options.bypass_rank)
+                                     trial_batches=options.trial_batches, exchanges=options.exchanges)
             for budget, (blocks, _), result in zip(missing, pruned, results, strict=True):
                 result.mod.save_pretrained(options.folder / f"calibrated-{budget}", overwrite=True)
                 prepared.write(str(budget), {"pruned": blocks, "calibrated": result.report,
@@ -256,7 +252,6 @@ def compare(model: nn.Module, tokenizer: Callable[..., Any], options: argparse.N
         "held_out_tokens": {name: part.numel() for name, part in texts.held_out.items()}, "sizes": sizes,
         "steps": options.steps, "smaller": options.smaller, "smaller_steps": options.smaller and options.smaller_steps,
         "lr": options.lr, "router_lr": options.router_lr, "distill": options.distill,
-        "bypass_rank": options.bypass_rank, "bypass_lr": options.bypass_rank and options.bypass_lr,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"})
 
@@ -338,8 +333,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--router-lr", type=float, default=0.0, help="0 leaves the routers as they were fitted")
-    parser.add_argument("--bypass-rank", type=int, help="gives rows that pass by a low-rank update of this rank")
-    parser.add_argument("--bypass-lr", type=float, default=1e-3, help="of these updates, which start as nothing")
     parser.add_argument("--distill", type=float, default=0.5, help="the weight of the dense model's predictions; the "
                         "rest is the text's")
     parser.add_argument("--attend-to", choices=["auto", "all", "chosen"], default="all")

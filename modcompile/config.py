@@ -66,8 +66,6 @@ class MoDConfig(BaseModel):
         router_hidden: The width of the hidden layer of "mlp" and "depth"; by default a quarter of the hidden state's.
         dropped: Paths of blocks to leave out for every row, as a pruned model does; they are not routed. Calibration
             finds them.
-        bypass_rank: R: rows that pass a block by, routed or left out, take a low-rank update of their own, which starts
-            as none and has to be trained; see ``modcompile.bypass``. By default they stay as they are.
         attend_to: What a chosen row attends to: "chosen" rows only (the paper), or "all" rows, which then offer keys
             and values.
         axis: "token" picks rows of each sequence; "sequence" picks sequences of the batch, by their mean valid row.
@@ -95,7 +93,6 @@ class MoDConfig(BaseModel):
     router: Literal["linear", "mlp", "depth", "attention", "noise"] = "linear"
     router_hidden: Annotated[int, Field(ge=1)] | None = None
     dropped: tuple[str, ...] = ()
-    bypass_rank: Annotated[int, Field(ge=1)] | None = None
     attend_to: Literal["chosen", "all"] = "chosen"
     axis: Literal["token", "sequence"] = "token"
     padding_mask: str | None = None

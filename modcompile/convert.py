@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from modcompile.blocks import BlockReport, find_blocks, select_blocks
-from modcompile.bypass import add_bypass
 from modcompile.capture import capture
 from modcompile.config import MoDConfig
 from modcompile.errors import UsageError
@@ -69,9 +68,6 @@ def convert(model: nn.Module, example_inputs=None, config: MoDConfig | None = No
     for path in routed:
         width = next(block.hidden_shape[-1] for block in report if block.path == path)
         graph_module.add_submodule(router_path(path), make_router(config, int(width), path == routed[0], device))
-    for path in (*routed, *config.dropped) if config.bypass_rank else ():
-        width = next(block.hidden_shape[-1] for block in report if block.path == path)
-        add_bypass(graph_module, path, int(width), config.bypass_rank, device)
     manager = PassManager(routing_passes(source, routed, config))
     manager(graph_module)
     made = MoDModel(graph_module, source.interface, hints, [*source.passes, *outline.ran, *manager.ran], config,
@@ -109,8 +105,7 @@ def routing_passes(source: GraphModel, routed: list[str], config: MoDConfig) -> 
             AttendToAll(paths),
         ] if split else []),
         RouteBlocks(paths, ratios, config.gate, config.axis, padding_mask(source, config),
-                    seen=config.router if config.router in ("depth", "attention") else "hidden",
-                    bypass=config.bypass_rank is not None),
+                    seen=config.router if config.router in ("depth", "attention") else "hidden"),
         # Last: it needs the capacities that routing computes.
         RoundCapacity(config.capacity_multiple),
     ]
@@ -118,7 +113,7 @@ def routing_passes(source: GraphModel, routed: list[str], config: MoDConfig) -> 
 
 def dropping_passes(config: MoDConfig) -> list[Pass]:
     """What leaves out the blocks that nothing is routed through."""
-    return [PruneBlocks(config.dropped, config.bypass_rank is not None)] if config.dropped else []
+    return [PruneBlocks(config.dropped)] if config.dropped else []
 
 
 def padding_mask(source: GraphModel, config: MoDConfig) -> str | None:

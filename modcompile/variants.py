@@ -31,7 +31,7 @@ def dense_model(mod: MoDModel) -> GraphModel:
 
 
 def oracle_model(mod: MoDModel, *, merge: bool = False) -> GraphModel:
-    """The routed model with the first K rows taken, no router and no bypass: the fastest any routing could be.
+    """The routed model with the first K rows taken and no router: the fastest any routing could be.
 
     Args:
         mod: The routed model.
@@ -43,7 +43,7 @@ def oracle_model(mod: MoDModel, *, merge: bool = False) -> GraphModel:
     config = mod.config
     split = config.attend_to == "all" and config.axis == "token"
     stages = [SplitFusedQkv(paths), AttendToAll(paths)] if split else []
-    return mod.variant(mod.dense_program, *dropping_passes(config.model_copy(update={"bypass_rank": None})), *stages,
+    return mod.variant(mod.dense_program, *dropping_passes(config), *stages,
                        TakeFirstRows(paths, ratios, config.axis, config.capacity_multiple, merge))
 
 

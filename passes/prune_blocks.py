@@ -1,7 +1,7 @@
 """Drops whole blocks.
 
     before:  %y: [B, S, D] = call encoder.layer.3(%x, %mask)
-    after:   %x in place of %y, or with a bypass what ``modcompile.bypass`` makes of it
+    after:   %x in place of %y
 
 Why: the dense model of equal FLOPs is what a user would pick instead of a routed one.
 
@@ -15,7 +15,6 @@ from typing import ClassVar
 import torch.fx
 
 from modcompile.blocks import analyse_block, block_groups
-from modcompile.bypass import emit_bypass
 from modcompile.pass_manager import Pass, PassResult, Skip
 
 __all__ = ["PruneBlocks"]
@@ -27,21 +26,17 @@ class PruneBlocks(Pass):
 
     Attributes:
         blocks: Module paths. One that the graph does not hold is left out already.
-        bypass: Every row takes the update for rows that pass by; the parameters are there already.
     """
 
     name: ClassVar[str] = "prune-blocks"
     blocks: tuple[str, ...] = ()
-    bypass: bool = False
 
     def call(self, graph_module: torch.fx.GraphModule) -> PassResult:
         """Each block's hidden input takes the place of its output."""
         graph = graph_module.graph
         calls = [node for node in graph.nodes if node.op == "call_module" and node.target in self.blocks]
         for node in calls:
-            with graph.inserting_before(node):
-                kept = emit_bypass(graph, node.args[0], node.target) if self.bypass else node.args[0]
-            node.replace_all_uses_with(kept)
+            node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         groups = [[path for _, path in group] for group in block_groups(graph).values()]
         siblings = {path: [other for other in group if other != path] for group in groups for path in group}

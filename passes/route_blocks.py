@@ -20,7 +20,6 @@ among the chosen rows stays causal, and what was computed from positions stays t
 5. Depth, on the sequence axis: the first block's router predicts a depth from its input, and the further blocks' take
    that prediction in the place of a hidden state.
 6. Attention: what rows received in the block before takes the place of a hidden state.
-7. Bypass: rows are merged into what ``modcompile.bypass`` makes of all of them, instead of into %x.
 """
 
 import dataclasses
@@ -31,7 +30,6 @@ from typing import ClassVar, Literal
 import torch
 import torch.fx
 
-from modcompile.bypass import emit_bypass
 from modcompile.config import capacity
 from modcompile.errors import PassContractError
 from modcompile.interface import graph_name
@@ -57,7 +55,6 @@ class RouteBlocks(Pass):
         padding_mask: The input that is nonzero at valid tokens, or with a leading "~" at padding; None: all are valid.
         masked: Case 4, on the token axis.
         seen: What the routers see: "hidden", the block's hidden state, "depth" (case 5), or "attention" (case 6).
-        bypass: Case 7; the parameters are there already.
     """
 
     name: ClassVar[str] = "route-blocks"
@@ -68,7 +65,6 @@ class RouteBlocks(Pass):
     padding_mask: str | None = None
     masked: bool = False
     seen: Literal["hidden", "depth", "attention"] = "hidden"
-    bypass: bool = False
 
     def requires(self, graph_module: torch.fx.GraphModule) -> None:
         """Each block is a sub-graph that is called once."""
@@ -131,9 +127,8 @@ class RouteBlocks(Pass):
         with graph.inserting_before(call.next):
             gate = self._gate(graph, call.target, logits, positions, filled)
             made = graph.call_function(mod.gather_rows.default, (call, positions)) if self.masked else call
-            kept = emit_bypass(graph, hidden, call.target) if self.bypass else hidden
-            merged = graph.call_function(mod.merge_rows.default, (kept, made, positions, gate)) if tokens else \
-                _merge_sequences(graph, kept, made, positions, gate)
+            merged = graph.call_function(mod.merge_rows.default, (hidden, made, positions, gate)) if tokens else \
+                _merge_sequences(graph, hidden, made, positions, gate)
         # Shaped as before: the next block, which may be routed too, reads its sizes from here.
         merged.meta["val"] = hidden.meta["val"]
         for user in users:

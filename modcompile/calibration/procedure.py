@@ -93,7 +93,7 @@ def calibrate_each(model: nn.Module, batches: Sequence[Any], budgets: Sequence[f
                    blocks: str | Sequence = "all",
                    ratios: Sequence[float | Fraction] = (Fraction(1, 8), Fraction(1, 4), Fraction(1, 2)),
                    attend_to: Literal["auto", "all", "chosen"] = "auto", objective: ObjectiveKind = "auto",
-                   padding_mask: str | None = None, bypass_rank: int | None = None, draws: int = 2, ridge: float = RIDGE, trial_batches: int = 2,
+                   padding_mask: str | None = None, draws: int = 2, ridge: float = RIDGE, trial_batches: int = 2,
                    exchanges: int = 4, seed: int = 0, say: Callable[[str], None] = lambda text: None,
                    ) -> Iterator[CalibrationResult]:
     """One model for each of several budgets, on one way down: cheaper than calibrating for each.
@@ -109,7 +109,6 @@ def calibrate_each(model: nn.Module, batches: Sequence[Any], budgets: Sequence[f
             entropy, or "outputs", the squared change of the outputs as a share of their square. "auto" takes the first
             for models that predict words, and the last for others.
         padding_mask: As for ``MoDConfig``.
-        bypass_rank: As for ``MoDConfig``; what it costs is within the budget.
         draws: Backward passes per batch.
         ridge: The strength of the regression's penalty, as a share of the mean square of the hidden state.
         trial_batches: On how many of the batches, spread evenly, losses are measured.
@@ -133,7 +132,7 @@ def calibrate_each(model: nn.Module, batches: Sequence[Any], budgets: Sequence[f
         raise UsageError("the budget does not fit", expected="a share of the dense model's FLOPs, in (0, 1)",
                          found=", ".join(map(str, budgets)), where="budget")
     config = MoDConfig(blocks=blocks if isinstance(blocks, str) else tuple(blocks), gate="straight-through",
-                       padding_mask=padding_mask, bypass_rank=bypass_rank)
+                       padding_mask=padding_mask)
     graph, bound = _prepare(model, batches, config)
     tried, refused = _trials(graph, config, attend_to, bound, trial_batches, objective)
     for trials in tried:

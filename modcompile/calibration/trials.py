@@ -11,7 +11,6 @@ import torch.fx
 
 from modcompile.calibration.batches import Batch, sizes_of
 from modcompile.calibration.objective import ObjectiveKind, choose_objective
-from modcompile.bypass import bypass_path
 from modcompile.config import MoDConfig, capacity
 from modcompile.convert import convert
 from modcompile.errors import UsageError
@@ -60,9 +59,7 @@ class Trials:
             self._references = [self.objective.reference(self.dense.run_graph(batch.inputs)) for batch in batches]
         flops = flops_by_module(self.dense, self._sizes)
         self.dense_flops = flops[""]
-        passing = flops_by_module(self.mod, self._sizes)
-        self._bypass = {path: passing.get(bypass_path(path), 0) for path in self.paths}
-        self._flops: dict[tuple[str, Fraction], int] = {(path, DROPPED): self._bypass[path] for path in self.paths}
+        self._flops: dict[tuple[str, Fraction], int] = {(path, DROPPED): 0 for path in self.paths}
         self._flops |= {(path, DENSE): flops[path] for path in self.paths}
         nodes = list(self.mod.graph_module.graph.nodes)
         merges = {node.meta["role"][0]: node for node in nodes if node.meta.get("role", ("", ""))[1] == "output"}
@@ -80,8 +77,7 @@ class Trials:
                 # All blocks at once: one count gives everyone's.
                 self._set_capacities(ratio)
                 counted = flops_by_module(self.mod, self._sizes)
-                self._flops |= {(path, ratio): counted[path] + counted[router_path(path)] + self._bypass[path]
-                                for path in self.paths}
+                self._flops |= {(path, ratio): counted[path] + counted[router_path(path)] for path in self.paths}
         return self.dense_flops - sum(self._flops[path, DENSE] - self._flops[path, ratio]
                                       for path, ratio in state.items())
 

@@ -68,7 +68,7 @@ def convert(
     conversion: opt.Conversion,
     calibrate: Annotated[Path | None, typer.Option(
         metavar="TEXT", help="A UTF-8 text to calibrate on: blocks, ratios and routers are measured, for --budget. Of "
-        "the options of a conversion it goes with --blocks, --bypass-rank, --attend-to and --padding-mask.")] = None,
+        "the options of a conversion it goes with --blocks, --attend-to and --padding-mask.")] = None,
     budget: Annotated[float | None, typer.Option(
         help="With --calibrate: the share of the dense model's FLOPs to stay within, such as 0.6.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(
@@ -171,10 +171,9 @@ def _calibrated(model: str, text: Path, budget: float | None, tokenizer: Path, s
     from modcompile.load_source import load_source, on_device
     from modcompile.text_file import read_text, tokenizer_of
 
-    kept = {name: conversion[name] for name in ("blocks", "bypass_rank", "attend_to", "padding_mask") if name in conversion}
+    kept = {name: conversion[name] for name in ("blocks", "attend_to", "padding_mask") if name in conversion}
     if set(conversion) - set(kept):
-        raise UsageError("calibration chooses this itself", 
-                         expected="--blocks, --bypass-rank, --attend-to and --padding-mask",
+        raise UsageError("calibration chooses this itself", expected="--blocks, --attend-to and --padding-mask",
                          found=", ".join(f"--{name.replace('_', '-')}" for name in conversion if name not in kept),
                          where="--calibrate", fix="leave it out")
     if budget is None:

@@ -65,8 +65,6 @@ RouterHidden = Annotated[int | None, typer.Option(
     help="The width of the hidden layer of mlp and depth; by default a quarter of the hidden state's.")]
 Dropped = Annotated[str | None, typer.Option(
     metavar="PATHS", help="Blocks to leave out for every row, as module paths separated by commas.")]
-BypassRank = Annotated[int | None, typer.Option(
-    help="Give rows that pass by a low-rank update of this rank, for training to find; none by default.")]
 AttendTo = Annotated[Literal["chosen", "all"] | None, typer.Option(
     help="Which rows a chosen row attends to; chosen by default.")]
 Axis = Annotated[Literal["token", "sequence"] | None, typer.Option(
@@ -80,8 +78,8 @@ PaddingMask = Annotated[str | None, typer.Option(
 Conversion = dict[str, Any]
 
 _CONVERSION = {"blocks": Blocks, "capacity_ratio": CapacityRatio, "capacity_multiple": CapacityMultiple, "gate": Gate,
-               "router": Router, "router_hidden": RouterHidden, "dropped": Dropped, "bypass_rank": BypassRank,
-               "attend_to": AttendTo, "axis": Axis, "padding_mask": PaddingMask}
+               "router": Router, "router_hidden": RouterHidden, "dropped": Dropped, "attend_to": AttendTo, "axis": Axis,
+               "padding_mask": PaddingMask}
 
 
 def takes_conversion(verb: Callable[..., None]) -> Callable[..., None]:

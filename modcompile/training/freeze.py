@@ -4,7 +4,6 @@ __all__ = ["freeze"]
 
 from typing import Literal
 
-from modcompile.bypass import bypass_parameters
 from modcompile.errors import UsageError
 from modcompile.model import MoDModel
 
@@ -14,9 +13,8 @@ def freeze(mod: MoDModel, train: Literal["all", "routers", "lora"]) -> list[str]
 
     Args:
         mod: The model.
-        train: "all"; "routers", what the conversion added: routers, and the updates of rows that pass by, if there are
-            any; or "lora", these and the adapters that ``peft`` put into the source before the conversion:
-            ``convert(peft.inject_adapter_in_model(peft.LoraConfig(...), model), inputs, config)``.
+        train: "all"; "routers" only; or "lora", the routers and the adapters that ``peft`` put into the source before
+            the conversion: ``convert(peft.inject_adapter_in_model(peft.LoraConfig(...), model), inputs, config)``.
 
     Returns:
         The names of the parameters that train.
@@ -33,8 +31,7 @@ def freeze(mod: MoDModel, train: Literal["all", "routers", "lora"]) -> list[str]
     """
     if train not in ("all", "routers", "lora"):
         raise UsageError("there is no such recipe", expected="all, routers or lora", found=train, where="freeze")
-    added = {id(parameter) for router in mod.routers.values() for parameter in router.parameters()}
-    added |= {id(parameter) for parameter in bypass_parameters(mod).values()}
+    routers = {id(parameter) for router in mod.routers.values() for parameter in router.parameters()}
     # peft's names: lora_A, lora_B, lora_embedding_A, lora_magnitude_vector.
     adapters = {name for name, _ in mod.named_parameters() if any(part.startswith("lora_") for part in name.split("."))}
     if train == "lora" and not adapters:
@@ -42,7 +39,7 @@ def freeze(mod: MoDModel, train: Literal["all", "routers", "lora"]) -> list[str]
                          fix='pip install "modcompile[peft]", and convert what peft.inject_adapter_in_model gives')
     trained = []
     for name, parameter in mod.named_parameters():
-        chosen = train == "all" or id(parameter) in added or (train == "lora" and name in adapters)
+        chosen = train == "all" or id(parameter) in routers or (train == "lora" and name in adapters)
         if parameter.is_floating_point():
             parameter.requires_grad_(chosen)
             trained += [name] if chosen else []
