@@ -180,7 +180,8 @@ class MODCOMPILE_API Context {
   Context& operator=(Context&&) noexcept;
   ~Context();
 
-  // Runs the engine once, and waits for it.
+  // Runs the engine once, and waits for it. What the last run made ready is kept for tensors that stay where they were:
+  // a loop takes the least time on the same memory.
   //
   // inputs: Every input, in any order.
   // buffers: Where outputs go; outputs that are not named here stay with the context.
