@@ -41,11 +41,11 @@ from filelock import FileLock
 from torch import nn
 
 import modcompile as mc
-from modcompile.calibration import calibrate_each, pruning_order, refit
+from modcompile.calibration import calibrate_each, pruning_order
 from modcompile.flops import count_flops, flops_by_module
 from modcompile.routers import NoiseRouter, router_path
 from modcompile.text_file import read_text
-from modcompile.training import QuantileThresholds, causal_model, logits_loss, next_token_loss
+from modcompile.training import CapacityAnnealing, QuantileThresholds, causal_model, logits_loss, next_token_loss
 from modcompile.variants import pruned_model
 
 # B batch  S rows  V vocabulary
@@ -127,7 +127,7 @@ def cosine(optimizer: torch.optim.Optimizer, steps: int, warmup_share: float) ->
 
 def train(model: mc.GraphModel, teacher: mc.GraphModel, texts: Texts, seed: int, steps: int,
           options: argparse.Namespace) -> dict[str, float]:
-    """Trains in place, on the batches of a seed. Routers that can be are fitted again on the way.
+    """Trains in place, on the batches of a seed. Capacities come down to what they are on the way.
 
     Returns:
         Seconds, and the mean training loss of the last tenth of the steps.
@@ -149,13 +149,12 @@ def train(model: mc.GraphModel, teacher: mc.GraphModel, texts: Texts, seed: int,
         return (1 - options.distill) * next_token_loss(logits, ids) + options.distill * logits_loss(logits, expected)
 
     step_loss = torch.compile(loss_of, dynamic=False) if options.compile else loss_of
-    # Where routers are noise, there is nothing to fit.
-    refits = {round(share * steps) for share in options.refit} if any(routers) else set()
-    calibration = [{"input_ids": ids} for ids in windows(
-        texts.train, options.refit_sequences, options.calibration_batch, options.rows)]
+    annealing = None
+    if options.anneal and isinstance(model, mc.MoDModel) and model.routers:
+        annealing = CapacityAnnealing(model, round(options.anneal * steps), options.anneal_stages)
     for step in range(steps):
-        if step in refits:
-            refit(model, calibration, seed=step)
+        if annealing is not None:
+            annealing.update(step)
         ids = next(batches)
         with autocast(device):
             loss = step_loss(ids)
@@ -258,8 +257,8 @@ def compare(model: nn.Module, tokenizer: Callable[..., Any], options: argparse.N
         "train": [path.name for path in options.train], "train_tokens": len(train_tokens),
         "held_out_tokens": {name: part.numel() for name, part in texts.held_out.items()}, "sizes": sizes,
         "steps": options.steps, "smaller": options.smaller, "smaller_steps": options.smaller and options.smaller_steps,
-        "lr": options.lr, "router_lr": options.router_lr, "refit": options.refit,
-        "refit_sequences": options.refit and options.refit_sequences, "distill": options.distill,
+        "lr": options.lr, "router_lr": options.router_lr, "distill": options.distill,
+        "anneal": options.anneal, "anneal_stages": options.anneal and options.anneal_stages,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"})
 
@@ -341,9 +340,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--router-lr", type=float, default=0.0, help="0 leaves the routers as they were fitted")
-    parser.add_argument("--refit", type=float, nargs="*", default=[], metavar="SHARE", help="fits the routers again to "
-                        "what rows matter to the trained model, after these shares of the steps")
-    parser.add_argument("--refit-sequences", type=int, default=64, help="on so many of the training text")
+    parser.add_argument("--anneal", type=float, default=0.0, metavar="SHARE", help="routed blocks begin with all rows, "
+                        "and have their capacity after this share of the steps")
+    parser.add_argument("--anneal-stages", type=int, default=2, help="how often capacities change till then")
     parser.add_argument("--ratios", type=float, nargs="+", default=[1 / 8, 1 / 4, 1 / 2], help="what a block may get "
                         "of its rows")
     parser.add_argument("--distill", type=float, default=0.5, help="the weight of the dense model's predictions; the "
@@ -370,7 +369,7 @@ def main() -> None:
         options.train, options.held_out = [Path(argparse.__file__)], [("code", Path(doctest.__file__))]
         options.batch, options.rows, options.steps, options.smaller, options.budgets = 2, 32, 4, 0.9, [0.6]
         options.calibration_sequences, options.calibration_batch, options.held_out_sequences = 4, 2, 4
-        options.trial_batches, options.smaller_steps, options.refit, options.refit_sequences = 1, 2, [0.5], 4
+        options.trial_batches, options.smaller_steps = 1, 2
     if not options.train or not options.held_out:
         parser.error("--train and --held-out are needed")
     if options.smaller and not (max(options.budgets) < options.smaller < 1 and options.smaller_steps < options.steps):

@@ -2,11 +2,10 @@
 
 ``batches`` says what a model is calibrated on, ``objective`` what a change costs, ``measure`` how much each row's
 update matters, ``fit`` how that becomes a router, ``trials`` and ``choose`` which blocks are routed; ``procedure`` is
-the whole. ``refit`` does the measuring and fitting again in the course of training.
+the whole.
 """
 
-__all__ = ["CalibrationResult", "calibrate", "calibrate_each", "pruning_order", "refit", "text_batches"]
+__all__ = ["CalibrationResult", "calibrate", "calibrate_each", "pruning_order", "text_batches"]
 
 from modcompile.calibration.batches import text_batches
 from modcompile.calibration.procedure import CalibrationResult, calibrate, calibrate_each, pruning_order
-from modcompile.calibration.refit import refit

@@ -1,28 +1,11 @@
 """A router in closed form: ridge regression from the hidden state to what a row's update is worth."""
 
-__all__ = ["RIDGE", "Fitted", "RouterFit", "load_routers"]
+__all__ = ["RouterFit"]
 
 import torch
 from torch import Tensor
 
-from modcompile.model import MoDModel
-
 # B batch  S rows  D model dim
-
-# What is added to the regression's diagonal, as a share of its mean.
-RIDGE = 0.01
-
-# The weight [D] and the bias of each block's router, and the share of the importance's variance that they explain.
-Fitted = dict[str, tuple[Tensor, Tensor, float]]
-
-
-def load_routers(mod: MoDModel, fitted: Fitted) -> None:
-    """Gives routers their fitted weights."""
-    with torch.no_grad():
-        for path, (weight, bias, _) in fitted.items():
-            router = mod.routers[path]
-            router.weight.copy_(weight[None])
-            router.bias.copy_(bias)
 
 
 class RouterFit:

@@ -1,9 +1,9 @@
 """How much each row's update matters, in every block at once: one forward pass and a few backward ones per batch."""
 
-__all__ = ["Subject", "importance", "measure"]
+__all__ = ["importance", "measure"]
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.fx
@@ -11,40 +11,19 @@ from torch import Tensor
 
 from modcompile.calibration.batches import Batch
 from modcompile.calibration.fit import RouterFit
-from modcompile.calibration.objective import Objective
-from modcompile.calibration.trials import DENSE, DROPPED, State
+from modcompile.calibration.trials import DENSE, DROPPED, State, Trials
 from modcompile.config import capacity
 from modcompile.errors import UsageError
-from modcompile.model import GraphModel
 from modcompile.ops import route
-from modcompile.routers import Router
 
 # B batch  S rows  D model dim
 
 
-class Subject(Protocol):
-    """What is measured: ``Trials``, or a model that is trained.
-
-    Attributes:
-        dense: The model with every row in every block, blocks as sub-graphs.
-        paths: The blocks whose rows are measured.
-        objective: What counts.
-    """
-
-    dense: GraphModel
-    paths: list[str]
-    objective: Objective
-
-    @property
-    def routers(self) -> dict[str, Router]:
-        """By the block's path."""
-
-
-def measure(subject: Subject, state: State, batches: Sequence[Batch], *, draws: int, seed: int) -> dict[str, RouterFit]:
+def measure(trials: Trials, state: State, batches: Sequence[Batch], *, draws: int, seed: int) -> dict[str, RouterFit]:
     """Goes through the batches once and gathers, for each block, what fits its router to the rows' importance.
 
     Args:
-        subject: The model, with its routers and its objective.
+        trials: The model, with its routers and its objective.
         state: The ratio of each block. Updates that it leaves out are computed too, and left out.
         batches: What to run it on; one at a time is held.
         draws: Random scalars, and so backward passes, per batch.
@@ -57,14 +36,14 @@ def measure(subject: Subject, state: State, batches: Sequence[Batch], *, draws: 
     device = batches[0].inputs[0].device
     generator = torch.Generator(device).manual_seed(seed)
     for number, batch in enumerate(batches):
-        states, scores = importance(subject, state, batch, draws, generator, f"batches[{number}]")
-        for path in subject.paths:
+        states, scores = importance(trials, state, batch, draws, generator, f"batches[{number}]")
+        for path in trials.paths:
             fit = fits.setdefault(path, RouterFit(states[path].shape[-1], device))
             fit.add(states[path], scores[path], batch.valid)
     return fits
 
 
-def importance(subject: Subject, state: State, batch: Batch, draws: int, generator: torch.Generator, where: str
+def importance(trials: Trials, state: State, batch: Batch, draws: int, generator: torch.Generator, where: str
                ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What enters each block, [B, S, D], and how much its update of each row matters, [B, S].
 
@@ -72,7 +51,7 @@ def importance(subject: Subject, state: State, batch: Batch, draws: int, generat
     drawn as the objective says. With few draws (g . u)^2 is mostly noise; its bound |g| |u| is not, and the root of
     that, whose largest values are no outliers, is what a linear router predicts best.
     """
-    run = _Updates(subject, state, batch)
+    run = _Updates(trials, state, batch)
     with torch.enable_grad():
         outputs = run.run(*batch.inputs)
         for path, (_, update, _) in run.seen.items():
@@ -82,7 +61,7 @@ def importance(subject: Subject, state: State, batch: Batch, draws: int, generat
         results = [result for _, _, result in run.seen.values()]
         squares: dict[str, Tensor] = {}
         for left in reversed(range(draws)):
-            drawn = subject.objective.draw(outputs, batch, generator)
+            drawn = trials.objective.draw(outputs, batch, generator)
             grads = torch.autograd.grad(drawn, results, retain_graph=left > 0)
             for path, grad in zip(run.seen, grads, strict=True):
                 part = grad.float().square().sum(-1)
@@ -95,9 +74,9 @@ def importance(subject: Subject, state: State, batch: Batch, draws: int, generat
 class _Updates(torch.fx.Interpreter):
     """Runs the dense model, leaves out the updates that a state does, and keeps what enters and what leaves blocks."""
 
-    def __init__(self, subject: Subject, state: State, batch: Batch):
-        super().__init__(subject.dense.graph_module)
-        self.state, self.routers, self.valid = state, subject.routers, batch.valid
+    def __init__(self, trials: Trials, state: State, batch: Batch):
+        super().__init__(trials.dense.graph_module)
+        self.state, self.routers, self.valid = state, trials.mod.routers, batch.valid
         # Of each block: its input, every row's update, and its output with gradients.
         self.seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 

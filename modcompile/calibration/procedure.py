@@ -12,7 +12,6 @@ from torch import nn
 
 from modcompile.calibration.batches import Batch, bind_batches
 from modcompile.calibration.choose import Search, check_budget
-from modcompile.calibration.fit import RIDGE, Fitted, load_routers
 from modcompile.calibration.measure import measure
 from modcompile.calibration.objective import ObjectiveKind
 from modcompile.calibration.trials import DENSE, DROPPED, State, Trials
@@ -24,8 +23,14 @@ from modcompile.model import GraphModel, MoDModel
 
 # B batch  S rows  D model dim
 
+# What is added to the regression's diagonal, as a share of its mean.
+RIDGE = 0.01
+
 # On the way to a budget, routers are fitted again each time that this share of the dense model's FLOPs is saved.
 STRIDE = 0.1
+
+# The weight [D] and the bias of each block's router, and the share of the importance's variance that they explain.
+Fitted = dict[str, tuple[torch.Tensor, torch.Tensor, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +219,7 @@ class _Way:
         return {path: fit.solve(self._ridge) for path, fit in fits.items()}
 
     def _load(self, fitted: Fitted) -> None:
-        load_routers(self.trials.mod, fitted)
+        _load(self.trials.mod, fitted)
         self.trials.forget()
 
 
@@ -226,7 +231,7 @@ def _converted(graph: GraphModel, config: MoDConfig, way: _Way) -> MoDModel:
         "blocks": tuple(routed), "capacity_ratio": tuple(map(float, routed.values())),
         "dropped": tuple(path for path, ratio in state.items() if ratio == DROPPED),
         "attend_to": way.trials.attend_to}))
-    load_routers(mod, {path: way.fitted[path] for path in routed})
+    _load(mod, {path: way.fitted[path] for path in routed})
     return mod
 
 
@@ -281,3 +286,12 @@ def _trials(graph: GraphModel, config: MoDConfig, attend_to: str, batches: list[
                 raise
             refused[way] = str(error)
     return made, refused
+
+
+def _load(mod: MoDModel, fitted: Fitted) -> None:
+    """Gives routers their fitted weights."""
+    with torch.no_grad():
+        for path, (weight, bias, _) in fitted.items():
+            router = mod.routers[path]
+            router.weight.copy_(weight[None])
+            router.bias.copy_(bias)

@@ -18,7 +18,7 @@ from modcompile.flops import flops_by_module
 from modcompile.model import GraphModel
 from modcompile.ops import route
 from modcompile.passes.route_blocks import emit_capacity
-from modcompile.routers import Router, router_path
+from modcompile.routers import router_path
 from modcompile.variants import dense_model
 
 # The ratio of a block that is left as it is, and of one that is left out.
@@ -69,11 +69,6 @@ class Trials:
         self._places = {node: place for place, node in enumerate(nodes)}
         self._losses: dict[tuple[Fraction, ...], float] = {}
         self._settled: tuple[State, list[dict[torch.fx.Node, Any]]] | None = None
-
-    @property
-    def routers(self) -> dict[str, Router]:
-        """The router of each candidate, by path."""
-        return self.mod.routers
 
     def flops(self, state: State) -> int:
         """Floating-point operations of one call with these ratios, exactly as of a model converted so."""
