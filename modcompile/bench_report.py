@@ -17,7 +17,8 @@ AGAIN = "dense (again)"
 # In the order of the table.
 TITLES = {"dense": "dense", AGAIN: AGAIN, "mod": "MoD", "other": "MoD, other attend_to", "oracle": "oracle",
           "pruned": "pruned", "masked": "masked", "compile": "torch.compile"}
-_RATIOS = [("dense", "mod"), ("oracle", "mod"), ("pruned", "mod"), ("compile", "dense"), (AGAIN, "dense")]
+_RATIOS = [("dense", "mod"), ("oracle", "mod"), ("pruned", "mod"), ("compile", "mod"), ("compile", "dense"),
+           (AGAIN, "dense")]
 
 
 @dataclasses.dataclass(frozen=True)
