@@ -7,6 +7,7 @@
 
 Why: cuBLASLt adds the bias and applies the activation to what it still has in registers. As a kernel of its own the
 activation reads and writes a block's widest value once more, which for 8192 x 4096 takes an H200 31 us at the least.
+In a CUDA graph product and activation took 155 us apart and 121 in one; with 1024 rows, 23.0 and 16.7.
 
 On CUDA the op is the tanh form; on a CPU it is the exact one, so this pass is of pipelines for CUDA alone. There,
 PyTorch hands it to cuBLASLt where the bias is one row and no matrix has a dim of 1 (``isInputCompliesAddmmCudaLt`` in
