@@ -15,6 +15,9 @@
 // A TENSOR is as words.h has it.
 
 #include <unistd.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #include <cstdint>
 #include <cstdlib>
@@ -276,6 +279,10 @@ std::string threads(const Words& words) {
 }
 
 int64_t resident_kib() {
+#ifdef __GLIBC__
+  // Pages that malloc keeps for later are nobody's: how many there are depends on how threads took turns.
+  malloc_trim(0);
+#endif
   int64_t pages = 0;
   std::ifstream("/proc/self/statm") >> pages >> pages;
   return pages * sysconf(_SC_PAGESIZE) / 1024;
