@@ -137,6 +137,9 @@ def find_blocks(model: torch.nn.Module, example_inputs=None) -> BlockReport:
         model: A module (then with example inputs, as for ``capture``) or a GraphModel.
         example_inputs: Arguments of the model's forward.
 
+    Raises:
+        UsageError: A model that was converted, or a variant of one: its blocks are found already.
+
     Example:
         >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
         >>> report = find_blocks(torch.nn.TransformerEncoder(layer, 2), (torch.randn(2, 5, 8),))
@@ -144,6 +147,10 @@ def find_blocks(model: torch.nn.Module, example_inputs=None) -> BlockReport:
         [('layers.0', True), ('layers.1', True)]
     """
     graph_model = model if isinstance(model, GraphModel) else capture(model, example_inputs)
+    if bodies := graph_model.program.bodies:
+        raise UsageError("the model was converted already", expected="a dense model", where="find_blocks",
+                         found=f"{type(model).__name__} with the blocks {', '.join(bodies)}",
+                         fix="give the dense model that it came from; other capacities: MoDModel.with_capacity")
     graph = graph_model.graph_module.graph
     placeholders = zip(graph.find_nodes(op="placeholder"), graph_model.inputs, strict=True)
     names = {expr: spec.shape[i] for node, spec in placeholders for i, expr in enumerate(shape_exprs(node) or ())}

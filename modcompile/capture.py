@@ -34,7 +34,8 @@ def capture(model: nn.Module, example_inputs: dict | tuple | torch.Tensor, *, dy
     """The model as a graph that is called like the model and returns what it returns.
 
     Args:
-        model: Any module whose forward takes tensors (and constants, which are fixed at their example's value).
+        model: Any module whose forward takes tensors (and constants, which are fixed at their example's value). One
+            that is a graph already, a MoDModel or a pruned model for example, is returned as it is.
         example_inputs: Arguments by name, or positional ones in a tuple. Sizes are examples: every dim that the model
             does not fix may vary, from 2 on.
         dynamic: Whether dims may vary; if not, every size is the example's.
@@ -43,7 +44,8 @@ def capture(model: nn.Module, example_inputs: dict | tuple | torch.Tensor, *, dy
         A GraphModel that shares the model's parameters, in evaluation mode.
 
     Raises:
-        UsageError: Example inputs that do not fit the forward's signature.
+        UsageError: Example inputs that do not fit the forward's signature, or the graph that was given; a graph whose
+            sizes vary, with ``dynamic=False``.
         UnsupportedGraphError: A forward that torch.export cannot trace.
 
     Example:
@@ -51,6 +53,8 @@ def capture(model: nn.Module, example_inputs: dict | tuple | torch.Tensor, *, dy
         >>> str(graph.inputs[0]), graph(torch.zeros(5, 4)).shape
         ('input float32 [batch, 4]', torch.Size([5, 2]))
     """
+    if isinstance(model, GraphModel):
+        return _checked(model, example_inputs, dynamic)
     parameters, arguments = _bind(model, example_inputs)
     if "use_cache" in parameters and "use_cache" not in arguments:
         # A generation cache is state, not a value: a graph without it is what training and prefill scoring run.
@@ -94,14 +98,30 @@ def capture(model: nn.Module, example_inputs: dict | tuple | torch.Tensor, *, dy
     return made
 
 
-def _bind(model: nn.Module, example_inputs: dict | tuple | torch.Tensor) -> tuple[tuple[str, ...], dict]:
-    signature = inspect.signature(model.forward)
+def _checked(graph: GraphModel, example_inputs: dict | tuple | torch.Tensor, dynamic: bool) -> GraphModel:
+    """A graph that is what would be captured."""
+    graph.interface.bind(*_call(example_inputs))
+    varying = [str(spec) for spec in graph.inputs if any(isinstance(size, str) for size in spec.shape)]
+    if varying and not dynamic:
+        raise UsageError("the model is a graph already, and its sizes vary", expected="a module to capture",
+                         found=", ".join(varying), where="dynamic=False",
+                         fix="capture the module that it came from, with dynamic=False")
+    return graph
+
+
+def _call(example_inputs: dict | tuple | torch.Tensor) -> tuple[tuple, dict[str, Any]]:
+    """Positional arguments, and those by name."""
     if isinstance(example_inputs, torch.Tensor):
         example_inputs = (example_inputs,)
     if not isinstance(example_inputs, Mapping | tuple | list):
         raise UsageError("example_inputs are not the arguments of a call", found=type(example_inputs).__name__,
                          expected="a dict of arguments by name, or a tuple of positional ones", where="example_inputs")
-    args, kwargs = ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
+    return ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
+
+
+def _bind(model: nn.Module, example_inputs: dict | tuple | torch.Tensor) -> tuple[tuple[str, ...], dict]:
+    signature = inspect.signature(model.forward)
+    args, kwargs = _call(example_inputs)
     parameters = tuple(p.name for p in signature.parameters.values()
                        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
     try:

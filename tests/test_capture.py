@@ -11,8 +11,12 @@ from tiny import Mlp, Stack
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from modcompile.blocks import find_blocks
 from modcompile.capture import capture
+from modcompile.config import MoDConfig
+from modcompile.convert import convert
 from modcompile.errors import UnsupportedGraphError, UsageError
+from modcompile.variants import dense_model, oracle_model, pruned_model
 
 # B batch  S rows  D model dim
 
@@ -187,6 +191,47 @@ def test_examples_that_do_not_fit(example, problem):
     with pytest.raises(UsageError) as caught:
         capture(model, example)
     assert caught.value.problem == problem and caught.value.details["where"] == "example_inputs"
+
+
+# Graphs
+
+
+def graphs():
+    """What is a graph already: captured, converted, and what is made from these."""
+    graph = capture(Stack(Mlp(), Mlp(), Mlp()), (rows(2, 5, 8),))
+    mod = convert(graph, config=MoDConfig(capacity_ratio=0.5))
+    return {"captured": graph, "pruned": pruned_model(graph, ["layers.1"]), "mod": mod, "dense": dense_model(mod),
+            "oracle": oracle_model(mod), "pruned mod": pruned_model(mod, ["layers.1"])}
+
+
+@pytest.mark.parametrize("kind", ["captured", "pruned", "mod", "dense", "oracle", "pruned mod"])
+def test_a_graph_is_returned_as_it_is(kind):
+    graph = graphs()[kind]
+    for example in (rows(3, 63, 8), (rows(2, 5, 8),), {"hidden": rows(2, 5, 8)}):
+        assert capture(graph, example) is graph
+    for example, problem in (({"hiden": rows(2, 5, 8)}, "input hidden is missing"),
+                             (rows(2, 5, 9), "dim 2 of input hidden does not fit"),
+                             (None, "example_inputs are not the arguments of a call")):
+        with pytest.raises(UsageError) as caught:
+            capture(graph, example)
+        assert caught.value.problem == problem
+    with pytest.raises(UsageError, match="the model is a graph already, and its sizes vary"):
+        capture(graph, (rows(2, 5, 8),), dynamic=False)
+
+
+def test_a_graph_of_fixed_sizes_is_one_without_dynamic_sizes():
+    graph = capture(Stack(Mlp()), (rows(2, 5, 8),), dynamic=False)
+    assert capture(graph, (rows(2, 5, 8),), dynamic=False) is graph
+
+
+def test_what_was_converted_is_not_converted_again():
+    made = graphs()
+    assert [block.path for block in find_blocks(made["pruned"])] == ["layers.0", "layers.2"]
+    assert list(convert(made["pruned"]).routers) == ["layers.2"]
+    for kind in ("mod", "dense", "oracle", "pruned mod"):
+        for refuse in (find_blocks, convert):
+            with pytest.raises(UsageError, match="the model was converted already"):
+                refuse(made[kind])
 
 
 # Outputs
