@@ -19,9 +19,10 @@ Each of them, and the dense model too, is trained further, for the same steps on
 the distance to the fine-tuned dense model's outputs. Batches hold examples of about one length, padded to the longest,
 so padding is real, and little. FLOPs are counted at the test batches' median length.
 
-Every cell is written when it is done, and a second call goes on with the next. Several processes, each of other --tasks
-or --seeds, may share a folder. The defaults are for a large GPU; two cores take --rows 64 --train 3000 --test 1000
---batch 32 --dense-steps 150 --steps 100 --seeds 0 --tasks newsgroups.
+Every cell is written when it is done, and a second call goes on with the next. Several processes may share a folder:
+each takes the tasks and seeds that no other is at, for the cells of one begin with one fine-tuned model. The defaults
+are for a large GPU; two cores take --rows 64 --train 3000 --test 1000 --batch 32 --dense-steps 150 --steps 100
+--seeds 0 --tasks newsgroups.
 """
 
 import argparse
@@ -330,7 +331,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"})  # fmt: skip
         for seed in options.seeds:
-            compare(work, encoder, seed, cells, options)
+            with cells.claim(f"{work.task.name}, seed {seed}") as is_ours:
+                if is_ours:
+                    compare(work, encoder, seed, cells, options)
         report["cells"] |= cells.report["cells"]
     return report
 

@@ -1,5 +1,7 @@
 """What examples/tasks.py puts on an encoder, and the table that it prints."""
 
+import argparse
+
 import pytest
 import torch
 from scripts import EXAMPLES, load_script
@@ -74,3 +76,23 @@ def test_the_table_has_means_and_spreads(tasks):
                                    "News, seed 0, dense": cell}}).splitlines()
     assert lines[2:] == ["| News | dense | 0.500 | accuracy | 0.5000 | 0.7500 |",
                          "| News | pruned 1 | 0.500 | accuracy | 0.6000 ± 0.1000 | 0.7500 ± 0.0000 |"]
+
+
+def test_a_task_and_seed_is_made_by_one_process(tasks, tmp_path, monkeypatch):
+    sizes = dict.fromkeys(("dense_steps", "steps", "lr", "router_lr", "distill", "calibration_batches",
+                           "trial_batches", "exchanges"), 1)
+    options = argparse.Namespace(tiny=True, device="cpu", folder=tmp_path, seeds=[0, 1], batch=4, rows=16,
+                                 attend_to="all", dropped=[1], **sizes)
+    begun = []
+
+    def compare(work, encoder, seed, cells, options):
+        begun.append((work.task.name, seed))
+        if len(begun) == 1:
+            # Another process with the same folder, from its beginning to its end.
+            tasks.run(options)
+            assert ("pairs", 0) not in begun[1:] and begun[1:3] == [("pairs", 1), ("rated", 0)]
+
+    monkeypatch.setattr(tasks, "compare", compare)
+    tasks.run(options)
+    # The other has left these, done or not: what is missing in them is made.
+    assert begun.count(("pairs", 0)) == 1 and begun.count(("pairs", 1)) == 2
