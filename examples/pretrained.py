@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import transformers as hf
 
+from modcompile.errors import UsageError
 from modcompile.text_file import read_text
 
 # Distribution, package, folder in it.
@@ -70,11 +71,22 @@ def smollm2_tokenizer() -> hf.PreTrainedTokenizerBase:
 
 
 def write_tokens(text: Path, shape: tuple[int, int], output: Path) -> None:
-    """The first tokens [batch, rows] of a text, as ``input_ids`` in an archive of numpy's."""
+    """The first tokens [batch, rows] of a text, as ``input_ids`` in an archive of numpy's.
+
+    Raises:
+        UsageError: A text that is missing, none, or too short.
+    """
     batch, rows = shape
+    needed, words, read = batch * rows, read_text(text), smollm2_tokenizer()
     # A token is about four characters; the tokenizer warns of long texts.
-    found = smollm2_tokenizer()(read_text(text)[:8 * batch * rows], add_special_tokens=False)["input_ids"]
-    np.savez(output, input_ids=np.array(found[:batch * rows], np.int64).reshape(batch, rows))
+    found = read(words[:8 * needed], add_special_tokens=False)["input_ids"]
+    if len(found) < needed and len(words) > 8 * needed:
+        found = read(words, add_special_tokens=False)["input_ids"]
+    if len(found) < needed:
+        fix = f"a longer text, or --shape {len(found) // rows}x{rows}" if len(found) >= rows else "a longer text"
+        raise UsageError("the text is too short", expected=f"{batch} x {rows} = {needed} tokens", found=len(found),
+                         where=text, fix=fix)
+    np.savez(output, input_ids=np.array(found[:needed], np.int64).reshape(batch, rows))
 
 
 def minilm() -> Example:
