@@ -45,6 +45,10 @@ trained for {first} of the {steps} steps, and pruned further or calibrated from 
 of them are dropped is worth more than routing rows: one of the two starts spoils the pruned model and not the routed
 one, and from the other the routed model is behind the pruned one. Losses when trained:
 """
+TRIED = """What else was tried at the lowest budget, one option changed each time. Routers that gradients train, through
+the straight-through gate, are worse than those that were fitted and left. With three times the steps both models gain
+alike. Losses when trained:
+"""
 TASKS = """## An encoder, on tasks
 
 `examples/tasks.py`: {model}, fine-tuned on a task ({dense_steps} steps of {batch}), and what becomes of that model
@@ -63,6 +67,7 @@ def page(folder: Path) -> str:
 
     return "\n".join([HEAD, scaling(read(folder / "scaling.json")), budgets(read(folder / "budgets.json")),
                       smaller([read(path) for path in sorted(folder.glob("budgets-after-*.json"))]),
+                      tried([read(path) for path in sorted((folder / "tried").glob("*.json"))]),
                       tasks([read(path) for path in sorted((folder / "tasks").glob("*.json"))])]).rstrip() + "\n"
 
 
@@ -146,6 +151,20 @@ def smaller(reports: Sequence[dict[str, Any]]) -> str:
     return "\n".join([SMALLER.format(first=setting["smaller_steps"], steps=setting["steps"]),
                       *head("begins at", "", "FLOPs", "seeds", *names), *lines, "",
                       "The command is the one above, with `--budgets 0.6 --smaller 0.7`, or 0.8.", ""])
+
+
+def tried(reports: Sequence[dict[str, Any]]) -> str:
+    """What examples/train_budgets.py wrote with another option, a report an option."""
+    names, lines = list(reports[0]["setting"]["held_out_tokens"]), []
+    for report in reports:
+        setting = report["setting"]
+        option = f"--router-lr {setting['router_lr']:g}" if setting["router_lr"] else f"--steps {setting['steps']}"
+        for (kind, _), found in by_model(report["cells"]).items():
+            made = list(found.values())
+            figures = " | ".join(spread(made, lambda c, t=text: c["trained"][t]) for text in names)
+            lines.append(f"| `{option}` | {MODELS[kind]} | {made[0]['flops']:.3f} | {len(made)} | {figures} |")
+    return "\n".join([TRIED, *head("with", "", "FLOPs", "seeds", *names), *lines, "",
+                      "The command is the first one, with `--budgets 0.6 --seeds 0` and the option.", ""])
 
 
 def tasks(reports: Sequence[dict[str, Any]]) -> str:
