@@ -8,13 +8,20 @@
 # tests/runtimes/native/trt86_bench.py.
 #
 # Engines are built first, several at a time, for that is the host's work, and then timed one after the other. A second
-# call with the same OUT finds those that are there.
+# call with the same OUT finds those that are there. What fails is named, at once and at the end, and makes the
+# exit status 1; the rest is done all the same.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?OUT, a folder as seen from the root}
 mkdir -p "$out"
 shift
 parts=" ${*:-engines kernels training budgets} "
+
+failed=()
+fail() { # WHAT...
+  echo "failed: $*" >&2
+  failed+=("$*")
+}
 
 USUAL=mod,dense,oracle,pruned
 ALL=$USUAL,other,masked
@@ -43,35 +50,45 @@ bench() { # RUNS OUTPUT SPEC...
 }
 
 engines() {
-  python examples/pretrained.py --text texts/held-out/plays.txt --shape 8x1024 -o "$out/text.npz"
+  local spec runtime name pid builds=()
+  if ! python examples/pretrained.py --text texts/held-out/plays.txt --shape 8x1024 -o "$out/text.npz"; then
+    fail "the tokens of texts/held-out/plays.txt, for SmolLM2"
+  fi
   mkdir -p "$out/log"
   for spec in "${ENGINES[@]}"; do
     read -r runtime name _ <<< "$spec"
     # shellcheck disable=SC2086
     bench 1 "$out/log/$runtime-$name.json" $spec > "$out/log/$runtime-$name.txt" 2>&1 &
+    builds+=("$! $runtime-$name")
   done
-  wait
+  for spec in "${builds[@]}"; do
+    read -r pid name <<< "$spec"
+    wait "$pid" || fail "the build of $name: see $out/log/$name.txt"
+  done
   for spec in "${ENGINES[@]}"; do
     read -r runtime name _ <<< "$spec"
     # shellcheck disable=SC2086
-    bench 50 "$out/$runtime-$name.json" $spec || echo "no figures of $runtime-$name: see $out/log" >&2
+    bench 50 "$out/$runtime-$name.json" $spec || fail "the figures of $runtime-$name"
   done
 }
 
-kernels() { python tests/runtimes/native/bench_kernels.py -o "$out/kernels.json"; }
+kernels() { python tests/runtimes/native/bench_kernels.py -o "$out/kernels.json" || fail "kernels"; }
 
-training() { python examples/bench_training.py --output "$out/training.json"; }
+training() { python examples/bench_training.py --output "$out/training.json" || fail "training"; }
 
 # train FOLDER OPTION...: several processes share the cells; each takes what the others have not.
 train() {
-  local held_out=() name folder=$1
+  local held_out=() workers=() name worker folder=$1
   shift
   for name in kernel plays python anarchism newsgroups; do held_out+=("$name=texts/held-out/$name.txt"); done
   for _ in 1 2 3 4; do
     python examples/train_budgets.py --train texts/train/{kernel,plays,python}.txt --held-out "${held_out[@]}" \
       --steps 300 --seeds 0 1 --device cuda --compile --folder "$out/$folder" "$@" &
+    workers+=($!)
   done
-  wait
+  for worker in "${!workers[@]}"; do
+    wait "${workers[worker]}" || fail "worker $((worker + 1)) of ${#workers[@]} of $out/$folder"
+  done
 }
 
 budgets() {
@@ -85,3 +102,7 @@ for part in engines kernels training budgets; do
     "$part"
   fi
 done
+if ((${#failed[@]})); then
+  printf 'failed: %s\n' "${failed[@]}" >&2
+  exit 1
+fi
