@@ -1,4 +1,4 @@
-"""docs/gpu_figures.sh, with commands that only say what they were called with: what fails is named, the rest is done."""
+"""docs/gpu_figures.sh with commands that only say what they were called with: what fails is named, the rest is done."""
 
 import os
 import re
