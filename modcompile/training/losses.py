@@ -6,7 +6,7 @@ the K decides without it: a row enters where sigmoid(logit) > 0.5.
 
 __all__ = ["check_finite", "logits_of", "mean_valid", "membership_loss", "routing_accuracy", "routing_losses"]
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch.nn import functional as F
@@ -66,7 +66,8 @@ def mean_valid(values: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor
 
 # It reads the losses: a graph that is compiled ends before it.
 @torch.compiler.disable
-def check_finite(losses: Mapping[str, torch.Tensor], step: int, trace: RoutingTrace | None = None) -> None:
+def check_finite(losses: Mapping[str, torch.Tensor], step: int,
+                 trace: RoutingTrace | Callable[[], RoutingTrace] | None = None) -> None:
     """Stops a training whose loss is NaN or infinite, before the step is taken.
 
     It waits for the device: call it as often as that is worth.
@@ -74,7 +75,8 @@ def check_finite(losses: Mapping[str, torch.Tensor], step: int, trace: RoutingTr
     Args:
         losses: By name.
         step: For the message.
-        trace: Of the call that the losses come from; the first block with a value that is not finite is named.
+        trace: Of the call that the losses come from, or what makes one; the first block with a value that is not finite
+            is named.
 
     Raises:
         ModcompileError: A loss is not finite.
@@ -85,7 +87,7 @@ def check_finite(losses: Mapping[str, torch.Tensor], step: int, trace: RoutingTr
     bad = {name: loss.detach().tolist() for (name, loss), ok in zip(losses.items(), finite, strict=True) if not ok}
     raise ModcompileError("a loss is not finite", expected="a number",
                           found=", ".join(f"{name} {value}" for name, value in bad.items()),
-                          where=f"step {step}, {_first_bad(trace or {})}",
+                          where=f"step {step}, {_first_bad((trace() if callable(trace) else trace) or {})}",
                           fix="lower the learning rate, clip gradients, or go on from an earlier checkpoint")
 
 

@@ -2,7 +2,6 @@
 
 __all__ = ["WithLoss", "next_token_loss"]
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -64,27 +63,49 @@ class WithLoss(nn.Module):
         self.register_load_state_dict_pre_hook(_add_aliases)
 
     def forward(self, labels: torch.Tensor | None = None, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The logits, and with labels the loss.
+        """The logits, and with labels the loss; beside a loss they have no gradient.
 
         Raises:
             ModcompileError: In training, a loss that is not finite; the step and the block are named.
         """
         if labels is None:
             return {"logits": _logits(self.mod(**inputs))}
-        watched = trace_routing(self.mod) if isinstance(self.mod, MoDModel) else contextlib.nullcontext(RoutingTrace())
-        with watched as trace:
-            logits = _logits(self.mod(**inputs))
+        # What a compiled graph hands on is its output, and has a gradient, of zeros where nobody reads it: of a trace,
+        # two hidden states for each block. So there, what went wrong is looked up when something did.
+        compiled = torch.compiler.is_compiling()
+        if isinstance(self.mod, MoDModel) and (not compiled or self._reads_traces()):
+            with trace_routing(self.mod) as trace:
+                logits = _logits(self.mod(**inputs))
+        else:
+            trace, logits = RoutingTrace(), _logits(self.mod(**inputs))
         losses = {"task": self.task_loss(logits, labels), **self._further(logits, trace, inputs)}
-        loss = torch.stack(list(losses.values())).sum()
-        self._record(losses, trace)
-        return {"loss": loss, "logits": logits}
+        made = {"loss": torch.stack(list(losses.values())).sum(), "logits": logits.detach()}
+        self._record(losses, None if compiled else trace, inputs)
+        return made
 
     # Compiled, it would be compiled again for every step; as it is, what is compiled ends before it.
     @torch.compiler.disable
-    def _record(self, losses: dict[str, torch.Tensor], trace: RoutingTrace) -> None:
+    def _record(self, losses: dict[str, torch.Tensor], trace: RoutingTrace | None, inputs: dict[str, torch.Tensor]
+                ) -> None:
         self.losses = {name: loss.detach() for name, loss in losses.items()}
         if self.training:
-            check_finite(losses, self.step, trace)
+            check_finite(losses, self.step, trace if trace is not None else lambda: self._traced(inputs))
+
+    def _traced(self, inputs: dict[str, torch.Tensor]) -> RoutingTrace:
+        """The routing of a call, which is made again, as it was but for dropout."""
+        alone = not torch.distributed.is_available() or not torch.distributed.is_initialized() \
+            or torch.distributed.get_world_size() == 1
+        # Where parameters are gathered from several processes, the others would have to make the call too.
+        if not isinstance(self.mod, MoDModel) or not alone:
+            return RoutingTrace()
+        with torch.no_grad(), trace_routing(self.mod) as trace:
+            self.mod(**inputs)
+        return trace
+
+    def _reads_traces(self) -> bool:
+        """Whether a loss is made of what a trace holds."""
+        return self.training and (self.routing_weight != 0 or self.predictors is not None
+                                  or (bool(self._teacher) and self.hidden_weight != 0))
 
     def move_teacher(self, device: torch.device | str) -> None:
         """Moves the teacher, which ``.to()`` leaves where it is."""

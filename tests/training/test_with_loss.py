@@ -103,6 +103,37 @@ def test_nan_names_the_step_and_the_block(mod):
     assert caught.value.details["where"] == "step 41, block blocks.layers.1"
 
 
+def test_compiled_nan_names_the_block_too(mod):
+    model = WithLoss(mod.train())
+    compiled = torch.compile(model, backend="eager", dynamic=False)
+    compiled(labels=IDS, input_ids=IDS, attention_mask=MASK)
+    with torch.no_grad():
+        mod.get_parameter("blocks.layers.1.up.weight").fill_(torch.nan)
+    with pytest.raises(ModcompileError, match="a loss is not finite") as caught:
+        compiled(labels=IDS, input_ids=IDS, attention_mask=MASK)
+    assert caught.value.details["where"] == "step 0, block blocks.layers.1"
+
+
+@pytest.mark.parametrize("options", [{}, {"routing_weight": 0.1}])
+def test_a_compiled_graph_hands_on_nothing_of_its_blocks(mod, options):
+    """Each output has a gradient, which is as large, and zeros where nobody reads it."""
+    shapes = []
+
+    def backend(graph_module, _):
+        shapes.extend(node.meta["example_value"].shape for node in graph_module.graph.output_node().all_input_nodes)
+        return graph_module.forward
+
+    model = WithLoss(mod.train(), **options)
+    torch.compile(model, backend=backend, dynamic=False)(labels=IDS, input_ids=IDS, attention_mask=MASK)
+    # The logits and losses.
+    assert (*IDS.shape, 17) in shapes and set(shapes) <= {(*IDS.shape, 17), torch.Size()}
+    assert not model(labels=IDS, input_ids=IDS, attention_mask=MASK)["logits"].requires_grad
+    assert model(input_ids=IDS, attention_mask=MASK)["logits"].requires_grad
+    eager = model(labels=IDS, input_ids=IDS, attention_mask=MASK)["loss"]
+    assert list(model.losses) == (["task", "routing of blocks.layers.1", "routing of blocks.layers.3"] if options
+                                  else ["task"]) and eager.isfinite()
+
+
 def test_a_state_dict_has_no_tensor_twice(mod):
     model = WithLoss(mod, teacher=Teacher(mod))
     state = model.state_dict()
