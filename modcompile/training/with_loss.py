@@ -58,6 +58,8 @@ class WithLoss(nn.Module):
         self.temperature = temperature
         # Not in a registry: a list hides it from the state dict and from DDP.
         self._teacher = [teacher] if teacher is not None else []
+        # Found here and not in the forward: what is compiled would end where a configuration is made.
+        self._padding = padding_mask(mod, mod.config if isinstance(mod, MoDModel) else MoDConfig())
         self.step, self.losses = 0, dict[str, torch.Tensor]()
         self.register_state_dict_post_hook(_drop_aliases)
         self.register_load_state_dict_pre_hook(_add_aliases)
@@ -137,11 +139,10 @@ class WithLoss(nn.Module):
         return losses
 
     def _valid(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
-        name = padding_mask(self.mod, self.mod.config if isinstance(self.mod, MoDModel) else MoDConfig())
-        if name is None:
+        if self._padding is None:
             return None
-        mask = inputs[name.removeprefix("~")] != 0
-        return ~mask if name.startswith("~") else mask
+        mask = inputs[self._padding.removeprefix("~")] != 0
+        return ~mask if self._padding.startswith("~") else mask
 
 
 def _logits(outputs: Any) -> torch.Tensor:

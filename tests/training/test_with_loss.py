@@ -134,6 +134,14 @@ def test_a_compiled_graph_hands_on_nothing_of_its_blocks(mod, options):
                                   else ["task"]) and eager.isfinite()
 
 
+def test_a_control_is_compiled_whole_too(mod):
+    """What a routed model is compared with pays for nothing that it does not."""
+    counter = torch._dynamo.testing.CompileCounter()
+    model = WithLoss(pruned_model(mod, ["blocks.layers.1"]), teacher=Teacher(mod)).train()
+    torch.compile(model, backend=counter, dynamic=False)(labels=IDS, input_ids=IDS, attention_mask=MASK)
+    assert counter.frame_count == 1
+
+
 def test_a_state_dict_has_no_tensor_twice(mod):
     model = WithLoss(mod, teacher=Teacher(mod))
     state = model.state_dict()
