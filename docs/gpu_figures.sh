@@ -74,7 +74,12 @@ engines() {
 
 kernels() { python tests/runtimes/native/bench_kernels.py -o "$out/kernels.json" || fail "kernels"; }
 
-training() { python examples/bench_training.py --output "$out/training.json" || fail "training"; }
+training() {
+  local batch
+  for batch in 8 32; do
+    python examples/bench_training.py --batch "$batch" --output "$out/training-$batch.json" || fail "training of $batch"
+  done
+}
 
 # train FOLDER OPTION...: several processes share the cells; each takes what the others have not.
 train() {

@@ -156,10 +156,11 @@ def training(report: dict) -> str:
     """Training steps, which examples/bench_training.py timed."""
     setting = report["setting"]
     graphs = setting.get("graphs", False)
-    lines = [f"## Training steps, {setting['machine']}, {'with' if graphs else 'without'} CUDA graphs", "",
+    lines = [f"## Training steps of {setting['batch']} x {setting['length']}, {setting['machine']}, "
+             f"{'with' if graphs else 'without'} CUDA graphs", "",
              f"A decoder of GPT-2 medium's shape ({setting['layers']} blocks of width {setting['width']}, "
-             f"{setting['batch']} x {setting['length']}, {setting['precision']}), alone and as a language model, under "
-             f"torch.compile; medians of {setting['rounds']} rounds. A step is *gradients* and AdamW's update.", "",
+             f"{setting['precision']}), alone and as a language model, under torch.compile; medians of "
+             f"{setting['rounds']} rounds. A step is *gradients* and AdamW's update.", "",
              "| | | FLOPs | step ms | of dense | gradients ms | of dense |", "|---|---|---|---|---|---|---|"]
     for task, cell in report["cells"].items():
         dense = cell["models"]["dense"]
@@ -168,7 +169,8 @@ def training(report: dict) -> str:
                 f"{statistics.median(one[key]):.2f}",
                 f"{statistics.median(one[key]) / statistics.median(dense[key]):.2f}")]
             lines.append(f"| {task} | {name} | {one['flops'] / dense['flops']:.3f} | {' | '.join(figures)} |")
-    command = f"python examples/bench_training.py --output training.json{'' if graphs else ' --no-graphs'}"
+    options = f"--batch {setting['batch']} --output training.json{'' if graphs else ' --no-graphs'}"
+    command = f"python examples/bench_training.py {options}"
     return "\n".join([*lines, "", "```sh", command, "```", ""])
 
 

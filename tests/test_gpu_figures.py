@@ -76,7 +76,7 @@ def test_an_engine_that_was_not_built_is_named_with_its_log(figures, tmp_path):
     ("pretrained.py", "the tokens of texts/held-out/plays.txt, for SmolLM2"),
     ("--runs 50 *ort-gpt1 ", "the figures of ort-gpt1"),
     ("bench_kernels.py", "kernels"),
-    ("bench_training.py", "training"),
+    ("--batch 32 ", "training of 32"),
 ])
 def test_other_failures_stop_no_other_part(figures, fails, failure):
     pattern = "*".join(f'"{part}"' for part in fails.split("*"))
