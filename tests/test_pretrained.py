@@ -1,5 +1,7 @@
 """examples/pretrained.py: the tokens that it makes of a text."""
 
+import argparse
+
 import numpy as np
 import pytest
 from scripts import EXAMPLES, load_script
@@ -25,6 +27,13 @@ def test_the_first_tokens_of_a_text(script, tmp_path, length):
     script.write_tokens(tmp_path / "text.txt", (2, 5), tmp_path / "tokens.npz")
     ids = np.load(tmp_path / "tokens.npz")["input_ids"]
     assert ids.dtype == np.int64 and ids.tolist() == [[length, 2, length, 2, length], [2, length, 2, length, 2]]
+
+
+def test_a_shape_that_is_none(script):
+    assert script.read_shape("8x1024") == (8, 1024)
+    for text in ("8", "8x", "0x5", "8x1024x2", "axb"):
+        with pytest.raises(argparse.ArgumentTypeError, match="such as 8x1024; found"):
+            script.read_shape(text)
 
 
 @pytest.mark.parametrize(("count", "fix"), [(9, "a longer text, or --shape 1x5"), (4, "a longer text")])
