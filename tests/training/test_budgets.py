@@ -1,0 +1,85 @@
+"""examples/train_budgets.py: how it trains a routed model, which its tiny run has none of."""
+
+import argparse
+import copy
+
+import pytest
+import torch
+from scripts import EXAMPLES, load_script
+
+import modcompile as mc
+
+pytest.importorskip("transformers")
+
+B, S = 2, 32
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script(EXAMPLES / "train_budgets.py")
+
+
+@pytest.fixture(scope="module")
+def made(script):
+    """A captured decoder, the same with two routed blocks, and bytes that repeat."""
+    model, _ = script.tiny_model()
+    tokens = torch.arange(4000) % 7 + 40
+    graph = mc.capture(model, {"input_ids": tokens[:2 * S].view(2, S)})
+    mod = mc.convert(graph, config=mc.MoDConfig(gate="straight-through", attend_to="all", capacity_ratio=0.25))
+    generator = torch.Generator().manual_seed(1)
+    for router in mod.routers.values():
+        with torch.no_grad():
+            router.weight.copy_(torch.randn(router.weight.shape, generator=generator))
+    return graph, mod, script.Texts(tokens, {"bytes": tokens[:2 * B * S].view(2, B, S)})
+
+
+def options(**changed):
+    return argparse.Namespace(**{"lr": 1e-2, "router_lr": 0.0, "batch": B, "rows": S, "distill": 0.5, "compile": False,
+                                 "anneal": 0.0, "anneal_stages": 2, "threshold_batches": 2} | changed)
+
+
+def trained(script, made, **changed):
+    graph, mod, texts = made
+    mod = copy.deepcopy(mod)
+    before = script.losses(mod, texts)["bytes"]
+    script.train(mod, copy.deepcopy(graph), texts, 0, 8, options(**changed))
+    assert script.losses(mod, texts)["bytes"] < before - 0.1
+    return mod
+
+
+def test_routers_stay_as_they_were_fitted(script, made):
+    mod = trained(script, made)
+    for path, router in made[1].routers.items():
+        assert torch.equal(mod.routers[path].weight, router.weight)
+    assert not torch.equal(mod.get_parameter("transformer.h.1.mlp.c_fc.weight"),
+                           made[1].get_parameter("transformer.h.1.mlp.c_fc.weight"))
+
+
+def test_routers_that_are_trained(script, made):
+    mod = trained(script, made, router_lr=1e-2)
+    for path, router in made[1].routers.items():
+        assert not torch.equal(mod.routers[path].weight, router.weight)
+
+
+def test_capacities_come_down(script, made, monkeypatch):
+    seen = []
+    monkeypatch.setattr(mc.MoDModel, "set_capacity", lambda self, ratio, old=mc.MoDModel.set_capacity: (
+        seen.append(ratio), old(self, ratio))[1])
+    mod = trained(script, made, anneal=0.5)
+    assert seen == [[1.0, 1.0], [0.625, 0.625], 0.25]
+    assert [block.capacity_ratio for block in mod.routed_blocks] == ["1/4", "1/4"]
+    assert mod.config == made[1].config
+
+
+def test_rows_that_decide_for_themselves(script, made):
+    _, mod, texts = made
+    found = script.causal_losses(mod, texts, 0, options())
+    assert 0.5 < found["rows"] < 2 and 4 < found["losses"]["bytes"] < 8
+
+
+def test_random_rows(script, made):
+    _, mod, texts = made
+    noise, ids = script.stochastic(mod), texts.held_out["bytes"][0]
+    assert not list(noise.routers["transformer.h.1"].parameters())
+    assert not torch.equal(noise(ids).logits, noise(ids).logits)
+    assert torch.equal(mod(ids).logits, mod(ids).logits)
