@@ -6,14 +6,14 @@ and says honestly whether it changed anything; running it twice changes nothing 
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch.fx
 
 from modcompile.errors import PassContractError
 from modcompile.shapes import propagate_missing
 
-__all__ = ["Pass", "PassManager", "PassResult", "Skip", "nested_graphs"]
+__all__ = ["Pass", "PassManager", "PassResult", "Skip", "call_for", "nested_graphs"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,24 @@ class Pass:
         """The pass's fields, as the command line and the manifest show them: JSON values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def call_for(node: torch.fx.Node, target: Any, *args: Any, like: torch.fx.Node | None = None, **kwargs: Any
+             ) -> torch.fx.Node:
+    """A call at the insertion point that does part of what a node did: it comes from the same module.
+
+    Args:
+        node: What the call stands for, or for a part of.
+        target: The op.
+        args: What it is called with.
+        like: A node of the result's shape, where there is one; else the manager finds the shape.
+        kwargs: What it is called with by name.
+    """
+    made = node.graph.call_function(target, args, kwargs)
+    made.meta = {name: node.meta[name] for name in ("nn_module_stack",) if name in node.meta}
+    if like is not None:
+        made.meta["val"] = like.meta["val"]
+    return made
 
 
 def nested_graphs(graph_module: torch.fx.GraphModule) -> list[tuple[str, torch.fx.GraphModule]]:

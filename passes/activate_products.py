@@ -21,12 +21,12 @@ aten/src/ATen/native/cuda/Blas.cpp), and otherwise runs a product and a GELU of 
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.fx
 
-from modcompile.pass_manager import Pass, PassResult
+from modcompile.pass_manager import Pass, PassResult, call_for
 from modcompile.shapes import shape_exprs
 
 __all__ = ["ActivateProducts"]
@@ -59,18 +59,18 @@ def _activate(gelu: torch.fx.Node) -> bool:
     graph = product.graph
     with graph.inserting_before(product):
         if product.target is aten.addmm.default:
-            made = _made(product, aten._addmm_activation.default, product.args, {"use_gelu": True})
+            made = call_for(product, aten._addmm_activation.default, *product.args, use_gelu=True)
         else:
             # Case 1.
             x, weight, bias = product.args
             *leading, width = x.meta["val"].shape
-            flat = x if len(leading) == 1 else _made(product, aten.reshape.default, (x, [-1, width]))
-            turned = _made(product, aten.t.default, (weight,))
-            made = _made(product, aten._addmm_activation.default, (bias, flat, turned), {"use_gelu": True})
+            flat = x if len(leading) == 1 else call_for(product, aten.reshape.default, x, [-1, width])
+            turned = call_for(product, aten.t.default, weight)
+            made = call_for(product, aten._addmm_activation.default, bias, flat, turned, use_gelu=True)
             if len(leading) > 1:
-                sizes = [dim if isinstance(dim, int) else _made(product, aten.sym_size.int, (x, index))
+                sizes = [dim if isinstance(dim, int) else call_for(product, aten.sym_size.int, x, index)
                          for index, dim in enumerate(leading)]
-                made = _made(product, aten.reshape.default, (made, [*sizes, weight.meta["val"].shape[0]]))
+                made = call_for(product, aten.reshape.default, made, [*sizes, weight.meta["val"].shape[0]])
     product.replace_all_uses_with(made)
     gelu.replace_all_uses_with(gelu.args[0])
     graph.erase_node(gelu)
@@ -92,10 +92,3 @@ def _fits(product: torch.fx.Node) -> bool:
     columns = after[-1]
     return (product.meta["val"].dtype in (torch.float16, torch.bfloat16) and bool(leading) and biased == (columns,)
             and columns.is_Integer and terms.is_Integer and 1 not in (math.prod(leading), terms, columns))
-
-
-def _made(product: torch.fx.Node, target: Any, args: tuple, kwargs: dict | None = None) -> torch.fx.Node:
-    """A node of the module that the product has."""
-    made = product.graph.call_function(target, args, kwargs)
-    made.meta = {name: product.meta[name] for name in ("nn_module_stack",) if name in product.meta}
-    return made

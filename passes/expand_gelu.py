@@ -15,12 +15,12 @@ needs 31; on a thread of a CPU, 512 x 4096 in float32 take 3.7 ms, and 1.2 ms wi
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.fx
 
-from modcompile.pass_manager import Pass, PassResult
+from modcompile.pass_manager import Pass, PassResult, call_for
 
 __all__ = ["ExpandGelu"]
 
@@ -50,20 +50,13 @@ class ExpandGelu(Pass):
             dtype = x.meta["val"].dtype
             half = dtype in (torch.float16, torch.bfloat16)
             with graph.inserting_before(node):
-                wide = self._made(node, aten.to.dtype, x, torch.float32) if half else x
-                square = self._made(node, aten.mul.Tensor, wide, wide)
-                slope = self._made(node, aten.add.Tensor, self._made(node, aten.mul.Tensor, square, CUBIC), LINEAR)
-                gate = self._made(node, aten.sigmoid.default, self._made(node, aten.mul.Tensor, wide, slope))
-                result = self._made(node, aten.mul.Tensor, wide, gate)
-                result = self._made(node, aten.to.dtype, result, dtype) if half else result
+                wide = call_for(node, aten.to.dtype, x, torch.float32) if half else x
+                square = call_for(node, aten.mul.Tensor, wide, wide)
+                slope = call_for(node, aten.add.Tensor, call_for(node, aten.mul.Tensor, square, CUBIC), LINEAR)
+                gate = call_for(node, aten.sigmoid.default, call_for(node, aten.mul.Tensor, wide, slope))
+                result = call_for(node, aten.mul.Tensor, wide, gate)
+                result = call_for(node, aten.to.dtype, result, dtype) if half else result
             node.replace_all_uses_with(result)
             graph.erase_node(node)
             modified = True
         return PassResult(graph_module, modified)
-
-    @staticmethod
-    def _made(node: torch.fx.Node, target: Any, *args: Any) -> torch.fx.Node:
-        """A node of the module that the activation has."""
-        made = node.graph.call_function(target, args)
-        made.meta = {name: node.meta[name] for name in ("nn_module_stack",) if name in node.meta}
-        return made

@@ -22,7 +22,7 @@ import torch.fx
 
 # Registers the namespace's ops.
 import modcompile.ops  # noqa: F401
-from modcompile.pass_manager import Pass, PassResult
+from modcompile.pass_manager import Pass, PassResult, call_for
 
 __all__ = ["NormBeforeMerge", "without_casts"]
 
@@ -61,13 +61,10 @@ class NormBeforeMerge(Pass):
                     if merge < node:
                         merge.prepend(node)
                 with graph.inserting_before(merge):
-                    normed = [graph.call_function(norm.target, (value, shape, *rest), dict(norm.kwargs))
+                    normed = [call_for(norm, norm.target, value, shape, *rest, like=value, **norm.kwargs)
                               for value in (x, y)]
                 with graph.inserting_before(norm):
-                    merged = graph.call_function(mod.merge_rows.default, (*normed, positions, gate))
-                for made, like in zip((*normed, merged), (x, y, norm), strict=True):
-                    made.meta = {name: norm.meta[name] for name in ("nn_module_stack",) if name in norm.meta}
-                    made.meta["val"] = like.meta["val"]
+                    merged = call_for(norm, mod.merge_rows.default, *normed, positions, gate, like=norm)
                 norm.replace_all_uses_with(merged)
                 graph.erase_node(norm)
                 modified = True

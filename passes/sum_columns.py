@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 import torch.fx
 
-from modcompile.pass_manager import Pass, PassResult
+from modcompile.pass_manager import Pass, PassResult, call_for
 
 __all__ = ["SumColumns"]
 
@@ -39,20 +39,12 @@ class SumColumns(Pass):
             if weight.meta["val"].shape[0] != 1 or x.meta["val"].dtype != torch.float32:
                 continue
             with graph.inserting_before(node):
-                terms = self._made(graph, node, x, aten.mul.Tensor, x, weight)
-                result = self._made(graph, node, node, aten.sum.dim_IntList, terms, [-1], True)
+                terms = call_for(node, aten.mul.Tensor, x, weight, like=x)
+                result = call_for(node, aten.sum.dim_IntList, terms, [-1], True, like=node)
                 # Case 1.
                 if bias is not None:
-                    result = self._made(graph, node, node, aten.add.Tensor, result, bias)
+                    result = call_for(node, aten.add.Tensor, result, bias, like=node)
             node.replace_all_uses_with(result)
             graph.erase_node(node)
             modified = True
         return PassResult(graph_module, modified)
-
-    @staticmethod
-    def _made(graph: torch.fx.Graph, node: torch.fx.Node, like: torch.fx.Node, target, *args) -> torch.fx.Node:
-        """A node of the module that one node has, and of the shape of another."""
-        made = graph.call_function(target, args)
-        made.meta = {name: node.meta[name] for name in ("nn_module_stack",) if name in node.meta}
-        made.meta["val"] = like.meta["val"]
-        return made
