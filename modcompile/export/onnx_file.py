@@ -18,7 +18,6 @@ from modcompile.capture import capture
 from modcompile.errors import UnsupportedGraphError, UsageError
 from modcompile.export.downgrade import to_opset_17
 from modcompile.export.flatten import bind_shapes, flatten
-from modcompile.export.fuse_rms_norm import FuseRmsNorm
 from modcompile.export.fuse_rotary import FuseRotary
 from modcompile.export.lift import lift
 from modcompile.export.lower_attention import LowerAttention
@@ -33,6 +32,7 @@ from modcompile.passes.fold_filled import FoldFilled
 from modcompile.passes.fold_straight_through import FoldStraightThrough
 from modcompile.passes.fuse_attention import FuseAttention
 from modcompile.passes.fuse_gelu import FuseGelu
+from modcompile.passes.fuse_rms_norm import FuseRmsNorm
 from modcompile.passes.simplify_masks import SimplifyMasks
 
 OPSETS = range(17, 24)

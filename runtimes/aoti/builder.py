@@ -24,6 +24,7 @@ from modcompile.passes.fold_filled import FoldFilled
 from modcompile.passes.fold_straight_through import FoldStraightThrough
 from modcompile.passes.fuse_attention import FuseAttention
 from modcompile.passes.fuse_gelu import FuseGelu
+from modcompile.passes.fuse_rms_norm import FuseRmsNorm
 from modcompile.passes.norm_before_merge import NormBeforeMerge
 from modcompile.passes.overwrite_rows import OverwriteRows
 from modcompile.passes.simplify_masks import SimplifyMasks
@@ -42,7 +43,6 @@ from modcompile.capture import capture
 from modcompile.engine import Shapes
 from modcompile.errors import ModcompileError, RuntimeUnavailableError, UnsupportedGraphError, UsageError
 from modcompile.export.flatten import bind_shapes, flatten
-from modcompile.export.fuse_rms_norm import FuseRmsNorm
 from modcompile.export.lift import lift
 from modcompile.export.onnx_file import PRECISIONS
 from modcompile.manifest import PassRecord, VersionRange

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
+from modcompile.passes.fuse_rms_norm import FuseRmsNorm
 from tiny import assert_same, check_rewrite, graph_of, nodes_of, randn, rewritten
 from tolerances import TOLERANCES
-
-from modcompile.export.fuse_rms_norm import FuseRmsNorm
 
 aten = torch.ops.aten
 EAGER = TOLERANCES["eager"][torch.float32]
