@@ -137,17 +137,24 @@ def budgets(report: dict[str, Any]) -> str:
                  f"    --steps {setting['steps']} --seeds {' '.join(seeds)} --device cuda --compile")])
 
 
+def trained(label: str, report: dict[str, Any]) -> list[str]:
+    """The losses of a report's models when trained, a row a model, but for the dense one."""
+    lines = []
+    for (kind, _), found in by_model(report["cells"]).items():
+        if kind != "dense":
+            made = list(found.values())
+            figures = " | ".join(spread(made, lambda c, t=text: c["trained"][t])
+                                 for text in report["setting"]["held_out_tokens"])
+            lines.append(f"| {label} | {MODELS[kind]} | {made[0]['flops']:.3f} | {len(made)} | {figures} |")
+    return lines
+
+
 def smaller(reports: Sequence[dict[str, Any]]) -> str:
     """What examples/train_budgets.py --smaller wrote, a report a start."""
     setting = reports[0]["setting"]
     names, lines = list(setting["held_out_tokens"]), []
     for report in reports:
-        start = report["setting"]["smaller"]
-        for (kind, _), found in by_model(report["cells"]).items():
-            if kind != "dense":
-                made = list(found.values())
-                figures = " | ".join(spread(made, lambda c, t=text: c["trained"][t]) for text in names)
-                lines.append(f"| {start} | {MODELS[kind]} | {made[0]['flops']:.3f} | {len(made)} | {figures} |")
+        lines += trained(str(report["setting"]["smaller"]), report)
     return "\n".join([SMALLER.format(first=setting["smaller_steps"], steps=setting["steps"]),
                       *head("begins at", "", "FLOPs", "seeds", *names), *lines, "",
                       "The command is the one above, with `--budgets 0.6 --smaller 0.7`, or 0.8.", ""])
@@ -159,10 +166,7 @@ def tried(reports: Sequence[dict[str, Any]]) -> str:
     for report in reports:
         setting = report["setting"]
         option = f"--router-lr {setting['router_lr']:g}" if setting["router_lr"] else f"--steps {setting['steps']}"
-        for (kind, _), found in by_model(report["cells"]).items():
-            made = list(found.values())
-            figures = " | ".join(spread(made, lambda c, t=text: c["trained"][t]) for text in names)
-            lines.append(f"| `{option}` | {MODELS[kind]} | {made[0]['flops']:.3f} | {len(made)} | {figures} |")
+        lines += trained(f"`{option}`", report)
     return "\n".join([TRIED, *head("with", "", "FLOPs", "seeds", *names), *lines, "",
                       "The command is the first one, with `--budgets 0.6 --seeds 0` and the option.", ""])
 
