@@ -95,10 +95,10 @@ class WithLoss(nn.Module):
 
     def _traced(self, inputs: dict[str, torch.Tensor]) -> RoutingTrace:
         """The routing of a call, which is made again, as it was but for dropout."""
-        alone = not torch.distributed.is_available() or not torch.distributed.is_initialized() \
-            or torch.distributed.get_world_size() == 1
+        several = torch.distributed.is_available() and torch.distributed.is_initialized() \
+            and torch.distributed.get_world_size() > 1
         # Where parameters are gathered from several processes, the others would have to make the call too.
-        if not isinstance(self.mod, MoDModel) or not alone:
+        if several or not isinstance(self.mod, MoDModel):
             return RoutingTrace()
         with torch.no_grad(), trace_routing(self.mod) as trace:
             self.mod(**inputs)
