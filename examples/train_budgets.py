@@ -256,8 +256,9 @@ def compare(model: nn.Module, tokenizer: Callable[..., Any], options: argparse.N
         "model": options.model.name if options.model else "tiny" if options.tiny else "SmolLM2-135M-Instruct",
         "train": [path.name for path in options.train], "train_tokens": len(train_tokens),
         "held_out_tokens": {name: part.numel() for name, part in texts.held_out.items()}, "sizes": sizes,
-        "steps": options.steps, "smaller": options.smaller, "smaller_steps": options.smaller and options.smaller_steps,
-        "lr": options.lr, "router_lr": options.router_lr, "distill": options.distill,
+        "ratios": options.ratios, "steps": options.steps,
+        "smaller": options.smaller, "smaller_steps": options.smaller and options.smaller_steps, "lr": options.lr,
+        "router_lr": options.router_lr, "distill": options.distill,
         "anneal": options.anneal, "anneal_stages": options.anneal and options.anneal_stages,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"})
