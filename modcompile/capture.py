@@ -22,7 +22,7 @@ from modcompile.interface import Interface, graph_name, pack_tree
 from modcompile.model import GraphModel
 from modcompile.pass_manager import PassManager
 from modcompile.program import Program
-from modcompile.shapes import dim_expr
+from modcompile.shapes import dim_expr, uncached
 from modcompile.spec import TensorSpec, dtype_name
 
 __all__ = ["capture"]
@@ -62,7 +62,7 @@ def capture(model: nn.Module, example_inputs: dict | tuple | torch.Tensor, *, dy
     arguments = _distinct_sizes(arguments)
     modes = [(module, module.training) for module in model.modules()]
     try:
-        with _named_arguments(model, arguments):
+        with uncached(), _named_arguments(model, arguments):
             exported = torch.export.export(model.eval(), (), arguments, strict=False,
                                            dynamic_shapes=pytree.tree_map(_auto, arguments) if dynamic else None)
     except Exception as error:

@@ -6,9 +6,11 @@ its SymInt. Symbols are shared: a dim of a side input that varies with the seque
 
 import itertools
 import operator
+from contextlib import AbstractContextManager
 
 import sympy
 import torch
+import torch._dynamo.config
 import torch.fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
@@ -18,12 +20,20 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from modcompile.spec import TensorSpec, dtype_from_name
 
 __all__ = ["ShapePropagation", "dim_expr", "fake_inputs", "fake_mode_of", "new_symbol", "propagate",
-           "propagate_alike", "propagate_missing", "shape_exprs", "size_value"]
+           "propagate_alike", "propagate_missing", "shape_exprs", "size_value", "uncached"]
 
 # Sizes that stand for a symbol while shapes are propagated: pairwise different, odd, and unlikely to equal a real dim.
 HINTS = (3, 57, 61, 67, 71, 73, 79)
 
 _serial = itertools.count()
+
+
+def uncached() -> AbstractContextManager[None]:
+    """Within it, modes of fake tensors are made without torch's cache of results.
+
+    Where sizes are symbols, to look a result up costs more than to compute it again: of small models' export a third.
+    """
+    return torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
 
 
 def new_symbol(shape_env: ShapeEnv, name: str, hint: int) -> torch.SymInt:
@@ -45,7 +55,8 @@ def fake_inputs(specs: list[TensorSpec], hints: dict[str, int] | None = None, li
     """
     device = next((tensor.device for tensor in (*like.parameters(), *like.buffers())), None) if like else None
     shape_env = ShapeEnv()
-    mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True, static_shapes=False)
+    with uncached():
+        mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True, static_shapes=False)
     names = list(dict.fromkeys(dim for spec in specs for dim in spec.shape if isinstance(dim, str)))
     sizes = {name: new_symbol(shape_env, name, (hints or {}).get(name, HINTS[i % len(HINTS)]))
              for i, name in enumerate(names)}
