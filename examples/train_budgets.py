@@ -29,6 +29,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ from filelock import FileLock
 from torch import nn
 
 import modcompile as mc
-from modcompile.calibration import calibrate_each, pruning_order
+from modcompile.blocks import find_blocks
+from modcompile.calibration import CalibrationResult, calibrate_each, fit_routers, pruning_order
 from modcompile.flops import count_flops, flops_by_module
 from modcompile.routers import NoiseRouter, router_path
 from modcompile.text_file import read_text
@@ -225,19 +227,40 @@ def prepare(graph: mc.GraphModel, flops: int, calibration: list[dict[str, torch.
     """
     budgets = sorted(options.budgets, reverse=True)
     prepared = Cells(options.folder / "prepared.json", {key: getattr(options, key) for key in (
-        "attend_to", "ratios", "calibration_sequences", "calibration_batch", "trial_batches", "exchanges")})
+        "attend_to", "ratios", "structure", "calibration_sequences", "calibration_batch", "trial_batches",
+        "exchanges")})
     with FileLock(options.folder / "preparing.lock"):
         if missing := [budget for budget in budgets if str(budget) not in prepared]:
             started = time.perf_counter()
             pruned = prune_to(graph, calibration, [budget * flops for budget in missing], sizes, options)
-            results = calibrate_each(graph, calibration, [share for _, share in pruned], attend_to=options.attend_to,
-                                     ratios=options.ratios, trial_batches=options.trial_batches,
-                                     exchanges=options.exchanges)
-            for budget, (blocks, _), result in zip(missing, pruned, results, strict=True):
+            results = [fit_structure(graph, calibration, options)] if options.structure else calibrate_each(
+                graph, calibration, [share for _, share in pruned], attend_to=options.attend_to, ratios=options.ratios,
+                trial_batches=options.trial_batches, exchanges=options.exchanges)
+            for budget, (blocks, share), result in zip(missing, pruned, results, strict=True):
+                if result.report["flops"] > share:
+                    raise SystemExit(f"the structure costs {result.report['flops']:.4f} of the FLOPs, the pruned model "
+                                     f"{share:.4f}: give it fewer rows")
                 result.mod.save_pretrained(options.folder / f"calibrated-{budget}", overwrite=True)
                 prepared.write(str(budget), {"pruned": blocks, "calibrated": result.report,
                                              "seconds": time.perf_counter() - started})
     return {budget: prepared.report["cells"][str(budget)] for budget in budgets}
+
+
+def fit_structure(graph: mc.GraphModel, calibration: list[dict[str, torch.Tensor]], options: argparse.Namespace
+                  ) -> CalibrationResult:
+    """The structure that is given instead of searched for, its routers fitted."""
+    paths = [block.path for block in find_blocks(graph).routable]
+    ratios = {paths[i]: ratio for i, ratio in sorted(options.structure)}
+    routed = {path: ratio for path, ratio in ratios.items() if ratio}
+    return fit_routers(graph, calibration, trial_batches=options.trial_batches, config=mc.MoDConfig(
+        blocks=tuple(routed), capacity_ratio=tuple(routed.values()), attend_to=options.attend_to,
+        dropped=tuple(path for path in ratios if path not in routed), gate="straight-through"))
+
+
+def block_ratio(text: str) -> tuple[int, float]:
+    """Reads "9:5/8": a block's number and what it gets of its rows."""
+    index, _, ratio = text.partition(":")
+    return int(index), float(Fraction(ratio))
 
 
 def compare(model: nn.Module, tokenizer: Callable[..., Any], options: argparse.Namespace) -> dict[str, Any]:
@@ -256,7 +279,7 @@ def compare(model: nn.Module, tokenizer: Callable[..., Any], options: argparse.N
         "model": options.model.name if options.model else "tiny" if options.tiny else "SmolLM2-135M-Instruct",
         "train": [path.name for path in options.train], "train_tokens": len(train_tokens),
         "held_out_tokens": {name: part.numel() for name, part in texts.held_out.items()}, "sizes": sizes,
-        "ratios": options.ratios, "steps": options.steps,
+        "ratios": options.ratios, "structure": options.structure, "steps": options.steps,
         "smaller": options.smaller, "smaller_steps": options.smaller and options.smaller_steps, "lr": options.lr,
         "router_lr": options.router_lr, "distill": options.distill,
         "anneal": options.anneal, "anneal_stages": options.anneal and options.anneal_stages,
@@ -346,6 +369,8 @@ def main() -> None:
     parser.add_argument("--anneal-stages", type=int, default=2, help="how often capacities change till then")
     parser.add_argument("--ratios", type=float, nargs="+", default=[1 / 8, 1 / 4, 1 / 2], help="what a block may get "
                         "of its rows")
+    parser.add_argument("--structure", type=block_ratio, nargs="+", metavar="I:RATIO", help="for one budget, what "
+                        "these blocks get of their rows, such as 9:5/8, or 12:0 to leave one out: instead of a search")
     parser.add_argument("--distill", type=float, default=0.5, help="the weight of the dense model's predictions; the "
                         "rest is the text's")
     parser.add_argument("--attend-to", choices=["auto", "all", "chosen"], default="all")
@@ -375,6 +400,8 @@ def main() -> None:
         parser.error("--train and --held-out are needed")
     if options.smaller and not (max(options.budgets) < options.smaller < 1 and options.smaller_steps < options.steps):
         parser.error("--smaller is a share between the largest budget and 1, and --smaller-steps some of the steps")
+    if options.structure and len(options.budgets) != 1:
+        parser.error("--structure is for one of --budgets")
     with tempfile.TemporaryDirectory() as scratch:
         options.folder = Path(scratch) if options.tiny else options.folder
         options.folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """The whole of calibration: measure, fit the routers, choose blocks and ratios, convert."""
 
-__all__ = ["CalibrationResult", "calibrate", "calibrate_each", "pruning_order"]
+__all__ = ["CalibrationResult", "calibrate", "calibrate_each", "fit_routers", "pruning_order"]
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +44,9 @@ class CalibrationResult:
             batches of the ``dense`` model, of the ``pruned`` one for this budget and of the ``calibrated`` one;
             ``attend_to``, with the loss and FLOPs of each way that was tried; ``moves`` in the order that they were
             taken; ``blocks``, the ratio of each (1: not routed, 0: left out) and the share ``r2`` of the importance's
-            variance that its router explains; ``rows`` and ``trial_batches``, what was seen.
+            variance that its router explains; ``rows`` and ``trial_batches``, what was seen. Where nothing was chosen
+            (``fit_routers``) there are no ``budget``, no ``pruned`` loss and no ``moves``, and only the blocks that the
+            configuration names.
     """
 
     mod: MoDModel
@@ -148,6 +150,62 @@ def calibrate_each(model: nn.Module, batches: Sequence[Any], budgets: Sequence[f
             "trial_batches": min(trial_batches, len(bound)),
         }
         yield CalibrationResult(_converted(graph, config, best), report)
+
+
+def fit_routers(model: nn.Module, batches: Sequence[Any], config: MoDConfig, *, objective: ObjectiveKind = "auto",
+                draws: int = 2, ridge: float = RIDGE, trial_batches: int = 2, seed: int = 0) -> CalibrationResult:
+    """Routes a model as a configuration says and fits its routers, without training and without a choice of blocks.
+
+    Routers are fitted to what rows matter in the dense model, as ``calibrate``'s are, and with those in place again:
+    what earlier blocks pass by or leave out changes what later ones see.
+
+    Args:
+        model: As for ``calibrate``.
+        batches: What the routers are fitted to.
+        config: The blocks, their ratios, and what is left out. Importance is measured without its
+            ``capacity_multiple``.
+        objective: As for ``calibrate_each``, like the others.
+        draws: Backward passes per batch.
+        ridge: The strength of the regression's penalty.
+        trial_batches: On how many of the batches the reported losses are measured.
+        seed: Of the random draws.
+
+    Raises:
+        UsageError: Batches that do not fit the model, or a router or gate that importance says nothing for.
+        UnsupportedGraphError: A model that cannot be captured or routed.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> model, batches = nn.TransformerEncoder(layer, 4), [(torch.randn(2, 16, 8),)]
+        >>> config = MoDConfig(blocks=(1, 2), capacity_ratio=(0.5, 0.25), gate="straight-through")
+        >>> {path: block["ratio"] for path, block in fit_routers(model, batches, config).report["blocks"].items()}
+        {'layers.1': '1/2', 'layers.2': '1/4'}
+    """
+    if (config.router, config.axis) != ("linear", "token") or config.gate not in ("straight-through", "scale"):
+        raise UsageError("routers are fitted to rank the rows of a sequence", where="MoDConfig",
+                         expected='router="linear", axis="token", gate="straight-through" or "scale"',
+                         found=f'router="{config.router}", axis="{config.axis}", gate="{config.gate}"')
+    graph, bound = _prepare(model, batches, config)
+    mod = convert(graph, config=config)
+    ratios = dict(zip(mod.routers, config.ratios(list(mod.routers)), strict=True))
+    state = ratios | dict.fromkeys(config.dropped, DROPPED)
+    candidates = MoDConfig(blocks=tuple(state), gate="straight-through", padding_mask=config.padding_mask)
+    (trials,), _ = _trials(graph, candidates, config.attend_to, bound, trial_batches, objective)
+    for seen in (dict.fromkeys(trials.paths, DENSE), state):
+        fits = measure(trials, seen, bound, draws=draws, seed=seed)
+        fitted = {path: fit.solve(ridge) for path, fit in fits.items()}
+        _load(trials.mod, fitted)
+        trials.forget()
+    _load(mod, {path: fitted[path] for path in ratios})
+    loss, share = trials.loss(state), trials.flops(state) / trials.dense_flops
+    return CalibrationResult(mod, {
+        "objective": trials.objective.name, "flops": share, "rows": next(iter(fits.values())).rows,
+        "loss": {"dense": trials.loss(dict.fromkeys(trials.paths, DENSE)), "calibrated": loss},
+        "blocks": {path: {"ratio": str(state[path]), "r2": fitted[path][2]} for path in trials.paths},
+        "attend_to": {config.attend_to: {"loss": loss, "flops": share}},
+        "trial_batches": min(trial_batches, len(bound)),
+    })
 
 
 class _Way:

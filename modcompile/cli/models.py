@@ -4,6 +4,7 @@ __all__ = ["convert", "diff", "export", "inspect"]
 
 import difflib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,8 +68,9 @@ def convert(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the converted model goes.")],
     conversion: opt.Conversion,
     calibrate: Annotated[Path | None, typer.Option(
-        metavar="TEXT", help="A UTF-8 text to calibrate on: blocks, ratios and routers are measured, for --budget. Of "
-        "the options of a conversion it goes with --blocks, --attend-to and --padding-mask.")] = None,
+        metavar="TEXT", help="A UTF-8 text to calibrate on. With --budget blocks, ratios and routers are measured, and "
+        "of the options of a conversion it goes with --blocks, --attend-to and --padding-mask. Without, routers are "
+        "fitted for the --blocks and the --capacity-ratio that are given.")] = None,
     budget: Annotated[float | None, typer.Option(
         help="With --calibrate: the share of the dense model's FLOPs to stay within, such as 0.6.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(
@@ -111,8 +113,8 @@ def convert(
         dropped = sum(block["ratio"] == "0" for block in report["blocks"].values())
         shown = Group(shown, Text(
             f"calibrated on {report['rows']} rows: {report['flops']:.1%} of the FLOPs, {dropped} blocks left out, "
-            f"{report['objective']} loss {loss['calibrated']:.4g} (pruned {loss['pruned']:.4g}, "
-            f"dense {loss['dense']:.4g})"))
+            f"{report['objective']} loss {loss['calibrated']:.4g} (" + ", ".join(
+                f"{name} {loss[name]:.4g}" for name in ("pruned", "dense") if name in loss) + ")"))
     elif any(list(router.parameters()) for router in mod.routers.values()):
         shown = Group(shown, Text("its routers know nothing: train it, or convert with --calibrate TEXT --budget 0.7"))
     emit(as_json, data, shown)
@@ -166,25 +168,19 @@ def _calibrated(model: str, text: Path, budget: float | None, tokenizer: Path, s
                 shapes: dict[str, tuple[int, ...]] | None, conversion: opt.Conversion, say: Callable[[str], None]
                 ) -> tuple["MoDModel", dict[str, Any]]:
     """A dense model calibrated on a text, and the report of it."""
-    from modcompile.calibration import calibrate, text_batches
+    from modcompile.calibration import calibrate, fit_routers, text_batches
     from modcompile.capture import capture
     from modcompile.load_source import load_source, on_device
     from modcompile.text_file import read_text, tokenizer_of
 
-    kept = {name: conversion[name] for name in ("blocks", "attend_to", "padding_mask") if name in conversion}
-    if set(conversion) - set(kept):
-        raise UsageError("calibration chooses this itself", expected="--blocks, --attend-to and --padding-mask",
-                         found=", ".join(f"--{name.replace('_', '-')}" for name in conversion if name not in kept),
-                         where="--calibrate", fix="leave it out")
-    if budget is None:
-        raise UsageError("calibration needs a budget", expected="--budget 0.6, a share of the dense model's FLOPs",
-                         found="none", where="--calibrate")
+    if budget is None and {"blocks", "capacity_ratio"} & set(conversion):
+        run = partial(fit_routers, config=opt.config_from(**{"gate": "straight-through"} | conversion))
+    else:
+        run = partial(calibrate, budget=_given(budget), say=say, **_left_open(conversion))
     size = (shapes or {}).get("input_ids", (8, 512))
     if set(shapes or {}) - {"input_ids"} or len(size) != 2:
         raise UsageError("a text is cut into batches of one shape", expected="--shape input_ids=8x512", found=shapes,
                          where="--shape")
-    if "blocks" in kept:
-        kept["blocks"] = opt.config_from(blocks=kept["blocks"]).blocks
     words, reader = read_text(text), tokenizer_of(tokenizer)
     source = load_source(model)
     if source.converted:
@@ -193,8 +189,28 @@ def _calibrated(model: str, text: Path, budget: float | None, tokenizer: Path, s
     graph = on_device(capture(source.model, source.example_inputs), device)
     batches = text_batches(words, reader, [spec.name for spec in graph.inputs], batch=size[0],
                            rows=size[1], sequences=sequences)
-    result = calibrate(graph, batches, budget, say=say, **kept)
+    result = run(graph, batches)
     return result.mod, result.report
+
+
+def _given(budget: float | None) -> float:
+    if budget is None:
+        raise UsageError("calibration needs a budget", expected="--budget 0.6, a share of the dense model's FLOPs",
+                         found="none", where="--calibrate", fix="add it; or name the --blocks to fit routers for")
+    return budget
+
+
+def _left_open(conversion: opt.Conversion) -> dict[str, Any]:
+    """The options of a conversion that calibration for a budget takes."""
+    kept: dict[str, Any] = {name: conversion[name] for name in ("blocks", "attend_to", "padding_mask")
+                            if name in conversion}
+    if further := set(conversion) - set(kept):
+        raise UsageError("calibration chooses this itself", expected="--blocks, --attend-to and --padding-mask",
+                         found=", ".join(f"--{name.replace('_', '-')}" for name in conversion if name in further),
+                         where="--calibrate", fix="leave it out, or leave out --budget")
+    if "blocks" in kept:
+        kept["blocks"] = opt.config_from(blocks=kept["blocks"]).blocks
+    return kept
 
 
 def _converted(model: str, config: "MoDConfig", say: Callable[[str], None]) -> "MoDModel":

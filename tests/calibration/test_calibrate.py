@@ -9,7 +9,10 @@ from torch import nn
 from torch.nn import functional
 
 import modcompile as mc
-from modcompile.calibration import calibrate, calibrate_each, pruning_order
+from modcompile.calibration import calibrate, calibrate_each, fit_routers, pruning_order
+from modcompile.calibration.batches import bind_batches
+from modcompile.calibration.measure import importance
+from modcompile.calibration.trials import DENSE, DROPPED, Trials
 from modcompile.cli import main
 from modcompile.errors import UnsupportedGraphError, UsageError
 from modcompile.flops import count_flops
@@ -128,6 +131,51 @@ def test_blocks_that_are_worth_nothing_are_left_out(graph, tmp_path):
         assert torch.equal(mc.load(mod.save_pretrained(tmp_path / "made"))(texts()[0]), expected)
 
 
+# One block is left out, one is routed.
+GIVEN = mc.MoDConfig(blocks=("stack.layers.2",), capacity_ratio=0.25, dropped=("stack.layers.1",), attend_to="all",
+                     gate="straight-through", capacity_multiple=2)  # fmt: skip
+
+
+def test_routers_of_given_blocks_are_fitted_with_the_blocks_in_place(graph):
+    result = fit_routers(graph, texts(), GIVEN)
+    routed, dropped = GIVEN.blocks[0], GIVEN.dropped[0]
+    config = GIVEN.model_copy(update={"blocks": (routed, dropped), "dropped": ()})
+    batches = bind_batches(graph, [(ids,) for ids in texts()], config)
+    trials = Trials(graph, config, "auto", batches)
+    for state in ({routed: DENSE, dropped: DENSE}, {routed: GIVEN.ratios([routed])[0], dropped: DROPPED}):
+        generator = torch.Generator().manual_seed(0)
+        seen = [importance(trials, state, batch, 2, generator, "") for batch in batches]
+        states, scores = (torch.cat([each[i][routed] for each in seen]).double() for i in (0, 1))
+        x, y = (each - each.mean(1, keepdim=True) for each in (states, scores))
+        gram = torch.einsum("bsd,bse->de", x, x)
+        ridge = 0.01 * gram.diagonal().mean() * torch.eye(len(gram))
+        weight = torch.linalg.solve(gram + ridge, torch.einsum("bsd,bs->d", x, y))
+        with torch.no_grad():
+            trials.mod.routers[routed].weight.copy_(weight[None])
+            trials.mod.routers[routed].bias.copy_(-weight @ states.mean((0, 1)))
+    made = result.mod.routers[routed]
+    torch.testing.assert_close(made.weight[0].double(), weight, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(made(states.float()).mean(), torch.tensor(0.0), rtol=0, atol=1e-5)
+
+
+def test_given_blocks_are_converted_as_they_are_given(graph):
+    result = fit_routers(graph, texts(), GIVEN)
+    assert result.mod.config == GIVEN and list(result.mod.routers) == [*GIVEN.blocks]
+    report = result.report
+    assert {path: block["ratio"] for path, block in report["blocks"].items()} == {
+        "stack.layers.1": "0", "stack.layers.2": "1/4"}  # fmt: skip
+    assert report["flops"] == count_flops(result.mod, SIZES) / count_flops(graph, SIZES)
+    assert report["loss"]["calibrated"] == pytest.approx(divergence(result.mod, graph, texts(2)), rel=1e-3)
+    assert json.loads(json.dumps(report)) == report
+
+
+@pytest.mark.parametrize("options", [dict(gate="raw"), dict(router="mlp"), dict(axis="sequence")], ids=str)
+def test_routers_that_do_more_than_rank_are_not_fitted(graph, options):
+    config = mc.MoDConfig(**{"gate": "straight-through"} | options)
+    with pytest.raises(UsageError, match="fitted to rank the rows of a sequence"):
+        fit_routers(graph, texts(), config)
+
+
 @pytest.mark.long
 def test_the_same_arguments_give_the_same_model(graph, results):
     torch.manual_seed(1)
@@ -242,6 +290,16 @@ def test_convert_calibrates(folder, tmp_path, capfd):
     assert report["flops"] <= 0.9
     mod = mc.load(made)
     assert mod.config.attend_to == "all" and all(router.weight.any() for router in mod.routers.values())
+
+
+def test_convert_fits_routers_of_given_blocks(folder, tmp_path, capfd):
+    made = tmp_path / "made"
+    options = ["--calibrate", folder / "text.txt", "--shape", "input_ids=2x32"]
+    assert call("convert", folder, "-o", made, *options, "--blocks", "1", "--capacity-ratio", "1/4", "--json") == 0
+    report = json.loads(capfd.readouterr().out)["calibration"]
+    mod = mc.load(made)
+    assert [block["ratio"] for block in report["blocks"].values()] == ["1/4"] and len(mod.routers) == 1
+    assert mod.config.gate == "straight-through" and next(iter(mod.routers.values())).weight.any()
 
 
 def test_a_device_that_is_not_there(folder, tmp_path, capfd):

@@ -2,12 +2,14 @@
 
 import argparse
 import copy
+from fractions import Fraction
 
 import pytest
 import torch
 from scripts import EXAMPLES, load_script
 
 import modcompile as mc
+from modcompile.flops import count_flops
 
 pytest.importorskip("transformers")
 
@@ -69,6 +71,25 @@ def test_capacities_come_down(script, made, monkeypatch):
     assert seen == [[1.0, 1.0], [0.625, 0.625], 0.25]
     assert [block.capacity_ratio for block in mod.routed_blocks] == ["1/4", "1/4"]
     assert mod.config == made[1].config
+
+
+def test_a_structure_that_is_given(script, made, tmp_path):
+    graph, _, texts = made
+    calibration = [{"input_ids": ids} for ids in texts.held_out["bytes"]]
+    given = options(folder=tmp_path, budgets=[0.8], structure=[script.block_ratio("1:5/8"), script.block_ratio("0:0")],
+                    attend_to="all", ratios=[0.5], calibration_sequences=4, calibration_batch=B, trial_batches=1,
+                    exchanges=1)  # fmt: skip
+    sizes = {"batch": B, "sequence": S}
+    found = script.prepare(graph, count_flops(graph, sizes), calibration, sizes, given)[0.8]
+    mod = mc.load(tmp_path / "calibrated-0.8")
+    assert mod.config.dropped == ("transformer.h.0",) and [*mod.config.ratios(list(mod.routers))] == [Fraction(5, 8)]
+    assert {path: block["ratio"] for path, block in found["calibrated"]["blocks"].items()} == {
+        "transformer.h.0": "0", "transformer.h.1": "5/8"}  # fmt: skip
+    assert len(found["pruned"]) == 1
+    given.structure, given.folder = [(1, 0.9)], tmp_path / "dear"
+    given.folder.mkdir()
+    with pytest.raises(SystemExit, match="the structure costs"):
+        script.prepare(graph, count_flops(graph, sizes), calibration, sizes, given)
 
 
 def test_rows_that_decide_for_themselves(script, made):
