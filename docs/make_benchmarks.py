@@ -10,6 +10,7 @@ Each JSON file is what ``modcompile bench --title TITLE -o FILE`` wrote; those i
 
 import argparse
 import json
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -24,6 +25,8 @@ TITLES = {"dense": "dense", "dense (again)": "dense, again", "mod": "MoD", "othe
 # Of TensorRT 8.6, where the routed model is built in more than one way.
 TRT86_TITLES = {"dense": "dense", "plugins": "MoD, with plugins", "typed": "MoD, with plugins and the graph's types",
                 "standard": "MoD, in standard ops", "oracle": "oracle", "pruned": "pruned"}
+# Of a training step.
+TASKS = {"blocks": "alone", "language model": "as a language model"}
 HEAD = """# Benchmarks
 
 Every table is from one process in which the engines took turns in random order; times are medians, in milliseconds,
@@ -158,8 +161,8 @@ def training(report: dict) -> str:
     lines = [f"## Training steps of {setting['batch']} x {setting['length']}, {setting['machine']}, "
              f"{'with' if graphs else 'without'} CUDA graphs", "",
              f"A decoder of GPT-2 medium's shape ({setting['layers']} blocks of width {setting['width']}, "
-             f"{setting['precision']}), alone and as a language model, under torch.compile; medians of "
-             f"{setting['rounds']} rounds. A step is *gradients* and AdamW's update.", "",
+             f"{setting['precision']}), {' and '.join(TASKS[task] for task in report['cells'])}, under torch.compile; "
+             f"medians of {setting['rounds']} rounds. A step is *gradients* and AdamW's update.", "",
              "| | | FLOPs | step ms | of dense | gradients ms | of dense |", "|---|---|---|---|---|---|---|"]
     for task, cell in report["cells"].items():
         dense = cell["models"]["dense"]
@@ -168,7 +171,8 @@ def training(report: dict) -> str:
                 f"{statistics.median(one[key]):.2f}",
                 f"{statistics.median(one[key]) / statistics.median(dense[key]):.2f}")]
             lines.append(f"| {task} | {name} | {one['flops'] / dense['flops']:.3f} | {' | '.join(figures)} |")
-    options = f"--batch {setting['batch']} --output training.json{'' if graphs else ' --no-graphs'}"
+    tasks = shlex.join(report["cells"])
+    options = f"--tasks {tasks} --batch {setting['batch']} --output training.json{'' if graphs else ' --no-graphs'}"
     command = f"python examples/bench_training.py {options}"
     return "\n".join([*lines, "", "```sh", command, "```", ""])
 
