@@ -42,7 +42,6 @@ from filelock import FileLock
 from torch import nn
 
 import modcompile as mc
-from modcompile.blocks import find_blocks
 from modcompile.calibration import CalibrationResult, calibrate_each, fit_routers, pruning_order
 from modcompile.flops import count_flops, flops_by_module
 from modcompile.routers import NoiseRouter, router_path
@@ -233,28 +232,30 @@ def prepare(graph: mc.GraphModel, flops: int, calibration: list[dict[str, torch.
         if missing := [budget for budget in budgets if str(budget) not in prepared]:
             started = time.perf_counter()
             pruned = prune_to(graph, calibration, [budget * flops for budget in missing], sizes, options)
-            results = [fit_structure(graph, calibration, options)] if options.structure else calibrate_each(
-                graph, calibration, [share for _, share in pruned], attend_to=options.attend_to, ratios=options.ratios,
+            shares = [share for _, share in pruned]
+            results = [fit_structure(graph, calibration, shares[0], options)] if options.structure else calibrate_each(
+                graph, calibration, shares, attend_to=options.attend_to, ratios=options.ratios,
                 trial_batches=options.trial_batches, exchanges=options.exchanges)
-            for budget, (blocks, share), result in zip(missing, pruned, results, strict=True):
-                if result.report["flops"] > share:
-                    raise SystemExit(f"the structure costs {result.report['flops']:.4f} of the FLOPs, the pruned model "
-                                     f"{share:.4f}: give it fewer rows")
+            for budget, (blocks, _), result in zip(missing, pruned, results, strict=True):
                 result.mod.save_pretrained(options.folder / f"calibrated-{budget}", overwrite=True)
                 prepared.write(str(budget), {"pruned": blocks, "calibrated": result.report,
                                              "seconds": time.perf_counter() - started})
     return {budget: prepared.report["cells"][str(budget)] for budget in budgets}
 
 
-def fit_structure(graph: mc.GraphModel, calibration: list[dict[str, torch.Tensor]], options: argparse.Namespace
-                  ) -> CalibrationResult:
-    """The structure that is given instead of searched for, its routers fitted."""
-    paths = [block.path for block in find_blocks(graph).routable]
+def fit_structure(graph: mc.GraphModel, calibration: list[dict[str, torch.Tensor]], share: float,
+                  options: argparse.Namespace) -> CalibrationResult:
+    """The structure that is given instead of searched for, of at most a share of the FLOPs, its routers fitted."""
+    paths = [block.path for block in mc.find_blocks(graph).routable]
     ratios = {paths[i]: ratio for i, ratio in sorted(options.structure)}
     routed = {path: ratio for path, ratio in ratios.items() if ratio}
-    return fit_routers(graph, calibration, trial_batches=options.trial_batches, config=mc.MoDConfig(
+    result = fit_routers(graph, calibration, trial_batches=options.trial_batches, config=mc.MoDConfig(
         blocks=tuple(routed), capacity_ratio=tuple(routed.values()), attend_to=options.attend_to,
         dropped=tuple(path for path in ratios if path not in routed), gate="straight-through"))
+    if result.report["flops"] > share:
+        raise SystemExit(f"the structure costs {result.report['flops']:.4f} of the FLOPs, the pruned model "
+                         f"{share:.4f}: give it fewer rows")
+    return result
 
 
 def block_ratio(text: str) -> tuple[int, float]:

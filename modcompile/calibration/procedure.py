@@ -193,16 +193,15 @@ def fit_routers(model: nn.Module, batches: Sequence[Any], config: MoDConfig, *, 
     candidates = MoDConfig(blocks=tuple(state), gate="straight-through", padding_mask=config.padding_mask)
     (trials,), _ = _trials(graph, candidates, config.attend_to, bound, trial_batches, objective)
     for seen in (dict.fromkeys(trials.paths, DENSE), state):
-        fits = measure(trials, seen, bound, draws=draws, seed=seed)
-        fitted = {path: fit.solve(ridge) for path, fit in fits.items()}
+        fitted, rows = _fit(trials, seen, bound, draws, ridge, seed)
         _load(trials.mod, fitted)
         trials.forget()
     _load(mod, {path: fitted[path] for path in ratios})
     loss, share = trials.loss(state), trials.flops(state) / trials.dense_flops
     return CalibrationResult(mod, {
-        "objective": trials.objective.name, "flops": share, "rows": next(iter(fits.values())).rows,
+        "objective": trials.objective.name, "flops": share, "rows": rows,
         "loss": {"dense": trials.loss(dict.fromkeys(trials.paths, DENSE)), "calibrated": loss},
-        "blocks": {path: {"ratio": str(state[path]), "r2": fitted[path][2]} for path in trials.paths},
+        "blocks": _blocks({path: state[path] for path in trials.paths}, fitted),
         "attend_to": {config.attend_to: {"loss": loss, "flops": share}},
         "trial_batches": min(trial_batches, len(bound)),
     })
@@ -237,8 +236,7 @@ class _Way:
         return {
             "objective": self.trials.objective.name, "budget": budget, "flops": self.share, "rows": self._rows,
             "loss": {"dense": self.dense, "pruned": self.pruned.loss, "calibrated": self.search.loss},
-            "blocks": {path: {"ratio": str(ratio), "r2": self.fitted[path][2]}
-                       for path, ratio in self.search.state.items()},
+            "blocks": _blocks(self.search.state, self.fitted),
             "moves": [dataclasses.asdict(move) | {"ratio": str(move.ratio)} for move in self.search.moves],
         }
 
@@ -272,13 +270,24 @@ class _Way:
         self._say(f"routers fitted again: loss {self.search.loss:.4g}")
 
     def _fit(self, state: State) -> Fitted:
-        fits = measure(self.trials, state, self._batches, draws=self._draws, seed=self._seed)
-        self._rows = next(iter(fits.values())).rows
-        return {path: fit.solve(self._ridge) for path, fit in fits.items()}
+        fitted, self._rows = _fit(self.trials, state, self._batches, self._draws, self._ridge, self._seed)
+        return fitted
 
     def _load(self, fitted: Fitted) -> None:
         _load(self.trials.mod, fitted)
         self.trials.forget()
+
+
+def _fit(trials: Trials, state: State, batches: list[Batch], draws: int, ridge: float, seed: int
+         ) -> tuple[Fitted, int]:
+    """Routers for what rows matter with a state in place, and how many rows were seen."""
+    fits = measure(trials, state, batches, draws=draws, seed=seed)
+    return {path: fit.solve(ridge) for path, fit in fits.items()}, next(iter(fits.values())).rows
+
+
+def _blocks(state: State, fitted: Fitted) -> dict[str, dict[str, Any]]:
+    """What is told of each block."""
+    return {path: {"ratio": str(ratio), "r2": fitted[path][2]} for path, ratio in state.items()}
 
 
 def _converted(graph: GraphModel, config: MoDConfig, way: _Way) -> MoDModel:
