@@ -46,7 +46,14 @@ from modcompile.calibration import CalibrationResult, calibrate_each, fit_router
 from modcompile.flops import count_flops, flops_by_module
 from modcompile.routers import NoiseRouter, router_path
 from modcompile.text_file import read_text
-from modcompile.training import CapacityAnnealing, QuantileThresholds, causal_model, logits_loss, next_token_loss
+from modcompile.training import (
+    CapacityAnnealing,
+    QuantileThresholds,
+    RouterRefits,
+    causal_model,
+    logits_loss,
+    next_token_loss,
+)
 from modcompile.variants import pruned_model
 
 # B batch  S rows  V vocabulary
@@ -69,6 +76,11 @@ class Texts:
         while True:
             starts = torch.randint(len(self.train) - rows, (batch, 1), generator=generator)
             yield self.train[(starts + offsets).to(self.train.device)]
+
+    def calls(self, options: argparse.Namespace) -> list[dict[str, torch.Tensor]]:
+        """What models are calibrated on, and routers fitted to: sequences spread over what there is to train on."""
+        return [{"input_ids": ids} for ids in windows(
+            self.train, options.calibration_sequences, options.calibration_batch, options.rows)]
 
 
 def tokens_of(path: Path, tokenizer: Callable[..., Any]) -> torch.Tensor:
@@ -128,7 +140,9 @@ def cosine(optimizer: torch.optim.Optimizer, steps: int, warmup_share: float) ->
 
 def train(model: mc.GraphModel, teacher: mc.GraphModel, texts: Texts, seed: int, steps: int,
           options: argparse.Namespace) -> dict[str, float]:
-    """Trains in place, on the batches of a seed. Capacities come down to what they are on the way.
+    """Trains in place, on the batches of a seed.
+
+    On the way capacities come down to what they are, and routers are fitted again to what rows matter by then.
 
     Returns:
         Seconds, and the mean training loss of the last tenth of the steps.
@@ -140,7 +154,7 @@ def train(model: mc.GraphModel, teacher: mc.GraphModel, texts: Texts, seed: int,
               {"params": [p for p in model.parameters() if id(p) in routers], "lr": options.router_lr}]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], options.lr, (0.9, 0.95),
                                   weight_decay=0.0, fused=device.type == "cuda")
-    schedule = cosine(optimizer, steps, WARMUP)
+    rates = cosine(optimizer, steps, WARMUP)
     batches, last, start = texts.batches(options.batch, options.rows, seed), [], time.perf_counter()
 
     def loss_of(ids: torch.Tensor) -> torch.Tensor:
@@ -150,12 +164,14 @@ def train(model: mc.GraphModel, teacher: mc.GraphModel, texts: Texts, seed: int,
         return (1 - options.distill) * next_token_loss(logits, ids) + options.distill * logits_loss(logits, expected)
 
     step_loss = torch.compile(loss_of, dynamic=False) if options.compile else loss_of
-    annealing = None
+    schedules: list[CapacityAnnealing | RouterRefits] = []
     if options.anneal and isinstance(model, mc.MoDModel) and model.routers:
-        annealing = CapacityAnnealing(model, round(options.anneal * steps), options.anneal_stages)
+        schedules.append(CapacityAnnealing(model, round(options.anneal * steps), options.anneal_stages))
+    if options.refit and routers:
+        schedules.append(RouterRefits(model, texts.calls(options), {round(share * steps) for share in options.refit}))
     for step in range(steps):
-        if annealing is not None:
-            annealing.update(step)
+        for schedule in schedules:
+            schedule.update(step)
         ids = next(batches)
         with autocast(device):
             loss = step_loss(ids)
@@ -163,7 +179,7 @@ def train(model: mc.GraphModel, teacher: mc.GraphModel, texts: Texts, seed: int,
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
+        rates.step()
         if step >= 0.9 * (steps - 1):
             last.append(loss.detach())
         if step % 100 == 0 and not math.isfinite(norm.item()):
@@ -271,8 +287,7 @@ def compare(model: nn.Module, tokenizer: Callable[..., Any], options: argparse.N
     texts = Texts(train_tokens.to(device), {
         name: windows(tokens_of(path, tokenizer), options.held_out_sequences, options.batch, options.rows).to(device)
         for name, path in options.held_out})
-    calibration = [{"input_ids": ids} for ids in windows(
-        texts.train, options.calibration_sequences, options.calibration_batch, options.rows)]
+    calibration = texts.calls(options)
     graph = mc.capture(model.to(device), {"input_ids": texts.train[:2 * options.rows].view(2, -1)})
     sizes = {"batch": options.batch, "sequence": options.rows}
     flops = count_flops(graph, sizes)
@@ -282,7 +297,7 @@ def compare(model: nn.Module, tokenizer: Callable[..., Any], options: argparse.N
         "held_out_tokens": {name: part.numel() for name, part in texts.held_out.items()}, "sizes": sizes,
         "ratios": options.ratios, "structure": options.structure, "steps": options.steps,
         "smaller": options.smaller, "smaller_steps": options.smaller and options.smaller_steps, "lr": options.lr,
-        "router_lr": options.router_lr, "distill": options.distill,
+        "router_lr": options.router_lr, "refit": options.refit, "distill": options.distill,
         "anneal": options.anneal, "anneal_stages": options.anneal and options.anneal_stages,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"})
@@ -363,8 +378,11 @@ def main() -> None:
     parser.add_argument("--smaller-steps", type=int, default=100, help="of the steps, those before that")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rows", type=int, default=1024)
-    parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--router-lr", type=float, default=0.0, help="0 leaves the routers as they were fitted")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--router-lr", type=float, default=0.0, help="what routers learn with; at 0 they are fitted "
+                        "again instead")
+    parser.add_argument("--refit", type=float, nargs="*", default=[0.05, 0.1, 0.2, 0.3, 0.5], metavar="SHARE",
+                        help="after these shares of the steps routers are fitted again; none: they stay as they were")
     parser.add_argument("--anneal", type=float, default=0.0, metavar="SHARE", help="routed blocks begin with all rows, "
                         "and have their capacity after this share of the steps")
     parser.add_argument("--anneal-stages", type=int, default=2, help="how often capacities change till then")
@@ -396,7 +414,9 @@ def main() -> None:
         options.train, options.held_out = [Path(argparse.__file__)], [("code", Path(doctest.__file__))]
         options.batch, options.rows, options.steps, options.smaller, options.budgets = 2, 32, 4, 0.9, [0.6]
         options.calibration_sequences, options.calibration_batch, options.held_out_sequences = 4, 2, 4
-        options.trial_batches, options.smaller_steps = 1, 2
+        options.trial_batches, options.smaller_steps, options.refit = 1, 2, [0.5]
+    if options.router_lr:
+        options.refit = []
     if not options.train or not options.held_out:
         parser.error("--train and --held-out are needed")
     if options.smaller and not (max(options.budgets) < options.smaller < 1 and options.smaller_steps < options.steps):

@@ -5,7 +5,15 @@ update matters, ``fit`` how that becomes a router, ``trials`` and ``choose`` whi
 the whole.
 """
 
-__all__ = ["CalibrationResult", "calibrate", "calibrate_each", "fit_routers", "pruning_order", "text_batches"]
+__all__ = ["CalibrationResult", "calibrate", "calibrate_each", "fit_routers", "pruning_order", "refit_routers",
+           "text_batches"]
 
 from modcompile.calibration.batches import text_batches
-from modcompile.calibration.procedure import CalibrationResult, calibrate, calibrate_each, fit_routers, pruning_order
+from modcompile.calibration.procedure import (
+    CalibrationResult,
+    calibrate,
+    calibrate_each,
+    fit_routers,
+    pruning_order,
+    refit_routers,
+)

@@ -1,8 +1,9 @@
 """How much each row's update matters, in every block at once: one forward pass and a few backward ones per batch."""
 
-__all__ = ["importance", "measure"]
+__all__ = ["Measured", "importance", "measure"]
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,19 +12,42 @@ from torch import Tensor
 
 from modcompile.calibration.batches import Batch
 from modcompile.calibration.fit import RouterFit
+from modcompile.calibration.objective import Objective
 from modcompile.calibration.trials import DENSE, DROPPED, State, Trials
 from modcompile.config import capacity
 from modcompile.errors import UsageError
+from modcompile.model import GraphModel
 from modcompile.ops import route
+from modcompile.routers import Router
 
 # B batch  S rows  D model dim
 
 
-def measure(trials: Trials, state: State, batches: Sequence[Batch], *, draws: int, seed: int) -> dict[str, RouterFit]:
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What importance is measured in.
+
+    Attributes:
+        dense: The dense model, its blocks outlined.
+        routers: By the block's path, those that choose rows where a state leaves some out.
+        objective: What a change of the outputs costs.
+    """
+
+    dense: GraphModel
+    routers: Mapping[str, Router]
+    objective: Objective
+
+    @classmethod
+    def of(cls, trials: Trials) -> "Measured":
+        """What is tried, as it was and with the routers of the trials."""
+        return cls(trials.dense, trials.mod.routers, trials.objective)
+
+
+def measure(model: Measured, state: State, batches: Sequence[Batch], *, draws: int, seed: int) -> dict[str, RouterFit]:
     """Goes through the batches once and gathers, for each block, what fits its router to the rows' importance.
 
     Args:
-        trials: The model, with its routers and its objective.
+        model: The model, with its routers and its objective.
         state: The ratio of each block. Updates that it leaves out are computed too, and left out.
         batches: What to run it on; one at a time is held.
         draws: Random scalars, and so backward passes, per batch.
@@ -36,14 +60,14 @@ def measure(trials: Trials, state: State, batches: Sequence[Batch], *, draws: in
     device = batches[0].inputs[0].device
     generator = torch.Generator(device).manual_seed(seed)
     for number, batch in enumerate(batches):
-        states, scores = importance(trials, state, batch, draws, generator, f"batches[{number}]")
-        for path in trials.paths:
+        states, scores = importance(model, state, batch, draws, generator, f"batches[{number}]")
+        for path in states:
             fit = fits.setdefault(path, RouterFit(states[path].shape[-1], device))
             fit.add(states[path], scores[path], batch.valid)
     return fits
 
 
-def importance(trials: Trials, state: State, batch: Batch, draws: int, generator: torch.Generator, where: str
+def importance(model: Measured, state: State, batch: Batch, draws: int, generator: torch.Generator, where: str
                ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What enters each block, [B, S, D], and how much its update of each row matters, [B, S].
 
@@ -51,7 +75,7 @@ def importance(trials: Trials, state: State, batch: Batch, draws: int, generator
     drawn as the objective says. With few draws (g . u)^2 is mostly noise; its bound |g| |u| is not, and the root of
     that, whose largest values are no outliers, is what a linear router predicts best.
     """
-    run = _Updates(trials, state, batch)
+    run = _Updates(model, state, batch)
     with torch.enable_grad():
         outputs = run.run(*batch.inputs)
         for path, (_, update, _) in run.seen.items():
@@ -61,7 +85,7 @@ def importance(trials: Trials, state: State, batch: Batch, draws: int, generator
         results = [result for _, _, result in run.seen.values()]
         squares: dict[str, Tensor] = {}
         for left in reversed(range(draws)):
-            drawn = trials.objective.draw(outputs, batch, generator)
+            drawn = model.objective.draw(outputs, batch, generator)
             grads = torch.autograd.grad(drawn, results, retain_graph=left > 0)
             for path, grad in zip(run.seen, grads, strict=True):
                 part = grad.float().square().sum(-1)
@@ -74,9 +98,9 @@ def importance(trials: Trials, state: State, batch: Batch, draws: int, generator
 class _Updates(torch.fx.Interpreter):
     """Runs the dense model, leaves out the updates that a state does, and keeps what enters and what leaves blocks."""
 
-    def __init__(self, trials: Trials, state: State, batch: Batch):
-        super().__init__(trials.dense.graph_module)
-        self.state, self.routers, self.valid = state, trials.mod.routers, batch.valid
+    def __init__(self, model: Measured, state: State, batch: Batch):
+        super().__init__(model.dense.graph_module)
+        self.state, self.routers, self.valid = state, model.routers, batch.valid
         # Of each block: its input, every row's update, and its output with gradients.
         self.seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 

@@ -1,6 +1,7 @@
 """The whole of calibration: measure, fit the routers, choose blocks and ratios, convert."""
 
-__all__ = ["CalibrationResult", "calibrate", "calibrate_each", "fit_routers", "pruning_order"]
+__all__ = ["CalibrationResult", "calibrate", "calibrate_each", "fit_routers", "pruning_order",
+           "refit_routers"]
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -12,14 +13,15 @@ from torch import nn
 
 from modcompile.calibration.batches import Batch, bind_batches
 from modcompile.calibration.choose import Search, check_budget
-from modcompile.calibration.measure import measure
-from modcompile.calibration.objective import ObjectiveKind
+from modcompile.calibration.measure import Measured, measure
+from modcompile.calibration.objective import ObjectiveKind, choose_objective
 from modcompile.calibration.trials import DENSE, DROPPED, State, Trials
 from modcompile.capture import capture
 from modcompile.config import MoDConfig, as_fraction
 from modcompile.convert import convert
 from modcompile.errors import UnsupportedGraphError, UsageError
 from modcompile.model import GraphModel, MoDModel
+from modcompile.variants import pruned_model
 
 # B batch  S rows  D model dim
 
@@ -182,10 +184,7 @@ def fit_routers(model: nn.Module, batches: Sequence[Any], config: MoDConfig, *, 
         >>> {path: block["ratio"] for path, block in fit_routers(model, batches, config).report["blocks"].items()}
         {'layers.1': '1/2', 'layers.2': '1/4'}
     """
-    if (config.router, config.axis) != ("linear", "token") or config.gate not in ("straight-through", "scale"):
-        raise UsageError("routers are fitted to rank the rows of a sequence", where="MoDConfig",
-                         expected='router="linear", axis="token", gate="straight-through" or "scale"',
-                         found=f'router="{config.router}", axis="{config.axis}", gate="{config.gate}"')
+    _require_ranking(config)
     graph, bound = _prepare(model, batches, config)
     mod = convert(graph, config=config)
     ratios = dict(zip(mod.routers, config.ratios(list(mod.routers)), strict=True))
@@ -193,7 +192,7 @@ def fit_routers(model: nn.Module, batches: Sequence[Any], config: MoDConfig, *, 
     candidates = MoDConfig(blocks=tuple(state), gate="straight-through", padding_mask=config.padding_mask)
     (trials,), _ = _trials(graph, candidates, config.attend_to, bound, trial_batches, objective)
     for seen in (dict.fromkeys(trials.paths, DENSE), state):
-        fitted, rows = _fit(trials, seen, bound, draws, ridge, seed)
+        fitted, rows = _fit(Measured.of(trials), seen, bound, draws, ridge, seed)
         _load(trials.mod, fitted)
         trials.forget()
     _load(mod, {path: fitted[path] for path in ratios})
@@ -205,6 +204,51 @@ def fit_routers(model: nn.Module, batches: Sequence[Any], config: MoDConfig, *, 
         "attend_to": {config.attend_to: {"loss": loss, "flops": share}},
         "trial_batches": min(trial_batches, len(bound)),
     })
+
+
+def refit_routers(mod: MoDModel, batches: Sequence[Any], *, objective: ObjectiveKind = "auto", draws: int = 2,
+                  ridge: float = RIDGE, seed: int = 0) -> dict[str, float]:
+    """Fits a routed model's routers again, in place, to what rows matter in it as it is now.
+
+    Training moves hidden states away from those that the routers were fitted to, and changes which rows matter. The
+    optimizer should leave the routers alone, for it would move them by moments of those that are gone.
+
+    Args:
+        mod: The routed model, in any mode; only its routers change.
+        batches: As for ``calibrate``; the same ones in every process of a data-parallel run.
+        objective: As for ``calibrate_each``, like the others.
+        draws: Backward passes per batch.
+        ridge: The strength of the regression's penalty.
+        seed: Of the random draws.
+
+    Returns:
+        By the block's path, the share of the importance's variance that its router explains.
+
+    Raises:
+        UsageError: As for ``fit_routers``.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model, batches = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 4), [
+        ...     (torch.randn(2, 16, 8),)]
+        >>> mod = calibrate(model, batches, budget=0.8).mod
+        >>> list(refit_routers(mod, batches)) == list(mod.routers)
+        True
+    """
+    _require_ranking(mod.config)
+    dense, bound = _prepare(pruned_model(mod, mod.config.dropped).eval(), batches, mod.config)
+    state = dict(zip(mod.routers, mod.config.ratios(list(mod.routers)), strict=True))
+    fitted, _ = _fit(Measured(dense, mod.routers, choose_objective(dense, objective)), state, bound, draws, ridge, seed)
+    _load(mod, fitted)
+    return {path: r2 for path, (_, _, r2) in fitted.items()}
+
+
+def _require_ranking(config: MoDConfig) -> None:
+    """Raises UsageError unless importance says what a configuration's routers should give."""
+    if (config.router, config.axis) != ("linear", "token") or config.gate not in ("straight-through", "scale"):
+        raise UsageError("routers are fitted to rank the rows of a sequence", where="MoDConfig",
+                         expected='router="linear", axis="token", gate="straight-through" or "scale"',
+                         found=f'router="{config.router}", axis="{config.axis}", gate="{config.gate}"')
 
 
 class _Way:
@@ -270,7 +314,7 @@ class _Way:
         self._say(f"routers fitted again: loss {self.search.loss:.4g}")
 
     def _fit(self, state: State) -> Fitted:
-        fitted, self._rows = _fit(self.trials, state, self._batches, self._draws, self._ridge, self._seed)
+        fitted, self._rows = _fit(Measured.of(self.trials), state, self._batches, self._draws, self._ridge, self._seed)
         return fitted
 
     def _load(self, fitted: Fitted) -> None:
@@ -278,10 +322,10 @@ class _Way:
         self.trials.forget()
 
 
-def _fit(trials: Trials, state: State, batches: list[Batch], draws: int, ridge: float, seed: int
+def _fit(model: Measured, state: State, batches: list[Batch], draws: int, ridge: float, seed: int
          ) -> tuple[Fitted, int]:
     """Routers for what rows matter with a state in place, and how many rows were seen."""
-    fits = measure(trials, state, batches, draws=draws, seed=seed)
+    fits = measure(model, state, batches, draws=draws, seed=seed)
     return {path: fit.solve(ridge) for path, fit in fits.items()}, next(iter(fits.values())).rows
 
 

@@ -11,25 +11,27 @@ from typing import Any
 from transformers import TrainerCallback
 
 from modcompile.training.anneal import CapacityAnnealing
+from modcompile.training.refit import RouterRefits
 from modcompile.training.with_loss import WithLoss
 
 
 class RoutedTraining(TrainerCallback):
-    """Tells the model the step, for errors to name it, and lowers its capacities.
+    """Tells the model the step, for errors to name it, lowers its capacities, and fits its routers again.
 
     Args:
         model: What the Trainer trains.
         annealing: Of its routed model, if there is one.
+        refits: Of its routers, likewise.
     """
 
-    def __init__(self, model: WithLoss, annealing: CapacityAnnealing | None = None):
-        self.model, self.annealing = model, annealing
+    def __init__(self, model: WithLoss, annealing: CapacityAnnealing | None = None, refits: RouterRefits | None = None):
+        self.model, self.schedules = model, [each for each in (annealing, refits) if each is not None]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before every step."""
         self.model.step = state.global_step
-        if self.annealing is not None:
-            self.annealing.update(state.global_step)
+        for schedule in self.schedules:
+            schedule.update(state.global_step)
 
 
 def complete_checkpoint(folder: str | os.PathLike) -> str | None:

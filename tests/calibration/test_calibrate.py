@@ -1,5 +1,6 @@
 """Calibration as a whole, from Python and from the command line."""
 
+import copy
 import json
 
 import pytest
@@ -9,9 +10,9 @@ from torch import nn
 from torch.nn import functional
 
 import modcompile as mc
-from modcompile.calibration import calibrate, calibrate_each, fit_routers, pruning_order
+from modcompile.calibration import calibrate, calibrate_each, fit_routers, pruning_order, refit_routers
 from modcompile.calibration.batches import bind_batches
-from modcompile.calibration.measure import importance
+from modcompile.calibration.measure import Measured, importance
 from modcompile.calibration.trials import DENSE, DROPPED, Trials
 from modcompile.cli import main
 from modcompile.errors import UnsupportedGraphError, UsageError
@@ -144,7 +145,7 @@ def test_routers_of_given_blocks_are_fitted_with_the_blocks_in_place(graph):
     trials = Trials(graph, config, "auto", batches)
     for state in ({routed: DENSE, dropped: DENSE}, {routed: GIVEN.ratios([routed])[0], dropped: DROPPED}):
         generator = torch.Generator().manual_seed(0)
-        seen = [importance(trials, state, batch, 2, generator, "") for batch in batches]
+        seen = [importance(Measured.of(trials), state, batch, 2, generator, "") for batch in batches]
         states, scores = (torch.cat([each[i][routed] for each in seen]).double() for i in (0, 1))
         x, y = (each - each.mean(1, keepdim=True) for each in (states, scores))
         gram = torch.einsum("bsd,bse->de", x, x)
@@ -169,11 +170,49 @@ def test_given_blocks_are_converted_as_they_are_given(graph):
     assert json.loads(json.dumps(report)) == report
 
 
+def test_routers_are_fitted_again_to_the_model_as_it_is(graph):
+    made = fit_routers(graph, texts(), GIVEN).mod
+    generator = torch.Generator().manual_seed(1)
+    routed, dropped = GIVEN.blocks[0], GIVEN.dropped[0]
+    mod = copy.deepcopy(made).train()
+    with torch.no_grad():
+        for name, parameter in mod.named_parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator) * parameter.abs().mean()
+            # What is left out is not looked at.
+            if dropped in name:
+                parameter.fill_(float("nan"))
+    before = {name: tensor.clone() for name, tensor in mod.state_dict().items()}
+    r2 = refit_routers(mod, texts())
+    changed = [name for name, tensor in mod.state_dict().items() if not torch.equal(tensor, before[name])
+               and not before[name].isnan().any()]
+    assert {name.rpartition(".")[0] for name in changed} == {f"router.{routed}"} and mod.training
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in mod.parameters())
+
+    # The same model made by hand: two blocks, of which the second one's routed rows are what is left in.
+    model = Decoder()
+    layers = model.stack.layers
+    del layers[1]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(before[name.replace("layers.1", "layers.2")])
+    hand = mc.capture(model, (texts()[0],))
+    router = copy.deepcopy(made.routers[routed])
+    router.load_state_dict({key: before[f"router.{routed}.{key}"] for key in ("weight", "bias")})
+    config = GIVEN.model_copy(update={"blocks": ("stack.layers.1",), "dropped": ()})
+    again = mc.convert(hand, config=config)
+    again.routers["stack.layers.1"].load_state_dict(router.state_dict())
+    assert list(refit_routers(again, texts()).values()) == pytest.approx([*r2.values()], rel=1e-4)
+    torch.testing.assert_close(again.routers["stack.layers.1"].weight, mod.routers[routed].weight, rtol=1e-3, atol=1e-6)
+    assert 0 < r2[routed] <= 1
+
+
 @pytest.mark.parametrize("options", [dict(gate="raw"), dict(router="mlp"), dict(axis="sequence")], ids=str)
 def test_routers_that_do_more_than_rank_are_not_fitted(graph, options):
     config = mc.MoDConfig(**{"gate": "straight-through"} | options)
     with pytest.raises(UsageError, match="fitted to rank the rows of a sequence"):
         fit_routers(graph, texts(), config)
+    with pytest.raises(UsageError, match="fitted to rank the rows of a sequence"):
+        refit_routers(mc.convert(graph, config=config), texts())
 
 
 @pytest.mark.long

@@ -9,7 +9,7 @@ from tolerances import TOLERANCES
 
 import modcompile as mc
 from modcompile.calibration.batches import Batch, bind_batches
-from modcompile.calibration.measure import importance, measure
+from modcompile.calibration.measure import Measured, importance, measure
 from modcompile.calibration.trials import DENSE, DROPPED, Trials
 from modcompile.errors import UsageError
 
@@ -31,7 +31,7 @@ def test_it_is_what_an_update_may_move_with_the_state_in_place(ratio):
     model, hidden = Stack(*(Mlp() for _ in range(3))), randn(B, S, WIDTH)
     _, _, trials = trials_of(model, {"hidden": hidden})
     state = dict.fromkeys(trials.paths, DENSE) | {"layers.1": ratio}
-    _, scores = importance(trials, state, Batch([hidden], None), 1, torch.Generator().manual_seed(0), "")
+    _, scores = importance(Measured.of(trials), state, Batch([hidden], None), 1, torch.Generator().manual_seed(0), "")
 
     entering = model.layers[0](hidden).detach()
     update = (model.layers[1](entering) - entering).detach()
@@ -52,7 +52,7 @@ def test_the_state_in_place_is_the_routed_model():
     graph, config, trials = trials_of(model, call)
     state = dict.fromkeys(trials.paths, DENSE) | {"layers.0": Fraction(1, 3), "layers.1": DROPPED}
     (batch,) = bind_batches(graph, [call], config)
-    states, _ = importance(trials, state, batch, 1, torch.Generator().manual_seed(0), "")
+    states, _ = importance(Measured.of(trials), state, batch, 1, torch.Generator().manual_seed(0), "")
     mod = mc.convert(graph, config=config.model_copy(update={"blocks": ("layers.0",), "capacity_ratio": 1 / 3}))
     mod.routers["layers.0"].load_state_dict(trials.mod.routers["layers.0"].state_dict())
     seen = {}
@@ -74,7 +74,8 @@ def test_padding_does_not_matter():
         calls.append({"hidden": hidden, "attention_mask": valid.long()})
     graph, config, trials = trials_of(model, calls[0])
     state = dict.fromkeys(trials.paths, DENSE) | {"layers.1": Fraction(1, 3)}
-    first, second = (measure(trials, state, bind_batches(graph, [call], config), draws=2, seed=0) for call in calls)
+    first, second = (measure(Measured.of(trials), state, bind_batches(graph, [call], config), draws=2, seed=0)
+                     for call in calls)
     for path in trials.paths:
         assert first[path].rows == second[path].rows == S + 5
         weights = [fits[path].solve(0.1)[0] for fits in (first, second)]
@@ -85,7 +86,7 @@ def test_parameters_get_no_gradients():
     model, hidden = Stack(*(Mlp() for _ in range(2))), randn(B, S, WIDTH)
     _, _, trials = trials_of(model, {"hidden": hidden})
     with torch.no_grad():
-        measure(trials, dict.fromkeys(trials.paths, DENSE), [Batch([hidden], None)], draws=1, seed=0)
+        measure(Measured.of(trials), dict.fromkeys(trials.paths, DENSE), [Batch([hidden], None)], draws=1, seed=0)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -95,5 +96,5 @@ def test_an_output_that_is_not_a_number_names_the_block():
     with torch.no_grad():
         model.layers[1].down.bias[3] = torch.inf
     with pytest.raises(UsageError, match="a block's output is not a number") as raised:
-        measure(trials, dict.fromkeys(trials.paths, DENSE), [Batch([hidden], None)], draws=1, seed=0)
+        measure(Measured.of(trials), dict.fromkeys(trials.paths, DENSE), [Batch([hidden], None)], draws=1, seed=0)
     assert raised.value.details["where"] == "layers.1, batches[0]"

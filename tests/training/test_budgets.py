@@ -37,7 +37,8 @@ def made(script):
 
 def options(**changed):
     return argparse.Namespace(**{"lr": 1e-2, "router_lr": 0.0, "batch": B, "rows": S, "distill": 0.5, "compile": False,
-                                 "anneal": 0.0, "anneal_stages": 2, "threshold_batches": 2} | changed)
+                                 "anneal": 0.0, "anneal_stages": 2, "threshold_batches": 2, "refit": [],
+                                 "calibration_sequences": 4, "calibration_batch": 2} | changed)
 
 
 def trained(script, made, **changed):
@@ -55,6 +56,21 @@ def test_routers_stay_as_they_were_fitted(script, made):
         assert torch.equal(mod.routers[path].weight, router.weight)
     assert not torch.equal(mod.get_parameter("transformer.h.1.mlp.c_fc.weight"),
                            made[1].get_parameter("transformer.h.1.mlp.c_fc.weight"))
+
+
+def test_routers_are_fitted_again_on_the_way(script, made, monkeypatch):
+    seen = []
+    monkeypatch.setattr(script.RouterRefits, "update", lambda self, step, old=script.RouterRefits.update: (
+        seen.append(step if old(self, step) else None)))
+    mod = trained(script, made, refit=[0.25, 0.5])
+    assert seen == [None, None, 2, None, 4, None, None, None]
+    for path, router in made[1].routers.items():
+        assert not torch.equal(mod.routers[path].weight, router.weight)
+    # There is nothing to fit in a model whose rows are random.
+    noise = script.stochastic(made[1])
+    seen.clear()
+    script.train(noise, copy.deepcopy(made[0]), made[2], 0, 2, options(refit=[0.0]))
+    assert not seen
 
 
 def test_routers_that_are_trained(script, made):
