@@ -1,6 +1,7 @@
 """The page of figures: what is written below a table, and the tables that other scripts measured."""
 
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -73,8 +74,22 @@ def test_models_are_compared_seed_by_seed():
 
     cells = {"pruned 0.8, seed 1": cell(4.5), "calibrated 0.8, seed 0": cell(1.0), "calibrated 0.8, seed 1": cell(4.0)}
     setting = {"model": "tiny", "train": ["docs.txt"], "held_out_tokens": {"news": 64}, "steps": 4, "device": "CPU",
-               "sizes": {"batch": 2, "sequence": 32}}
-    text = tables.budgets({"setting": setting, "cells": cells})
+               "sizes": {"batch": 2, "sequence": 32}, "refit": [0.05, 0.5]}
+    given = {"setting": setting | {"structure": [[0, 0.0], [1, 0.625]]},
+             "cells": {"pruned 0.5, seed 0": cell(6.0), "calibrated 0.5, seed 0": cell(5.75)}}
+    text = tables.budgets({"setting": setting, "cells": cells}, given)
     # Of seed 0 there is no pruned one to compare with.
     assert "| 0.800 | 0.500 |" in text
     assert text.index("| pruned | 0.800 | 1 |") < text.index("| calibrated | 0.800 | 2 |")
+    assert "fitted again at 5, 50 % of the steps" in text and "--budgets 0.8 " in text
+    assert "`--budgets 0.5`" in text and "`--structure 0:0 1:5/8`" in text and "| 0.250 |" in text
+
+
+def test_what_was_tried_is_named_by_its_options():
+    tables = load_script(DOCS / "quality_tables.py")
+    usual = tables.OPTIONS | {"held_out_tokens": {"news": 64}}
+    cells = {f"{kind} 0.8, seed 0": {"flops": 0.8, "trained": {"news": 4.5}}
+             for kind in ("dense", "pruned", "calibrated", "stochastic")}
+    text = tables.tried([{"setting": usual | {"lr": 0.0003, "refit": [], "ratios": [0.375, 0.5]}, "cells": cells}])
+    assert re.findall(r"^\| `(.*)` \| (\w+) \|", text, re.MULTILINE) == [
+        ("--lr 0.0003 --refit --ratios 0.375 0.5", kind) for kind in ("pruned", "calibrated")]
