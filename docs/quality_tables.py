@@ -39,8 +39,8 @@ or calibrated on. At the lowest budget the blocks were given (`--structure`), no
 """
 AHEAD = """By how much *calibrated* is ahead of *pruned*, both trained:
 """
-DECIDED = """The calibrated models trained, where each row decides for itself by a threshold (*enter*: how many rows of
-the first text do for each that top-k lets in; of a text unlike those that thresholds were taken from it may be more):
+DECIDED = """The calibrated models trained, where each row decides for itself by a threshold. Of a text unlike the one
+that thresholds were taken from more rows may enter, or fewer; what this takes follows the loss, where it was counted:
 """
 STRUCTURE = """For the lowest budget `--budgets {budget}` and a structure in which fourteen of thirty blocks are out,
 and those are routed whose routers explain much of which rows matter, or that lose few rows:
@@ -125,8 +125,8 @@ def budgets(report: dict[str, Any], given: dict[str, Any]) -> str:
                              f"{spread(made, lambda c, t=text: c['trained'][t])}" for text in names)
         lines.append(f"| {MODELS[kind]} | {share} | {len(made)} | {figures} |")
         if "causal" in made[0]:
-            figures = " | ".join(spread(made, lambda c, t=text: c["causal"]["losses"][t]) for text in names)
-            decided.append(f"| {share} | {mean(made, lambda c: c['causal']['rows']):.2f} | {figures} |")
+            figures = " | ".join(decision([cell["causal"] for cell in made], text) for text in names)
+            decided.append(f"| {share} | {figures} |")
         pruned = groups.get(("pruned", budget), {})
         if kind == "calibrated" and (pairs := [(found[seed], pruned[seed]) for seed in found if seed in pruned]):
             ahead.append(f"| {share} | " + " | ".join(spread(
@@ -141,12 +141,18 @@ def budgets(report: dict[str, Any], given: dict[str, Any]) -> str:
                        rows=setting["sizes"]["sequence"], machine=setting["device"],
                        refits=", ".join(f"{100 * share:g}" for share in setting["refit"])),
         *head("", "FLOPs", "seeds", *names), *lines, "", AHEAD, *head("FLOPs", *names), *ahead, "",
-        DECIDED, *head("FLOPs", "enter", *names), *decided, "",
+        DECIDED, *head("FLOPs of top-k", *names), *decided, "",
         *command(f"python examples/train_budgets.py --train {train} \\\n"
                  f"    --held-out {held_out} \\\n"
                  f"    --budgets {' '.join(map(str, searched))} --steps {setting['steps']} --seeds {' '.join(seeds)} "
                  "--device cuda --compile"),
         STRUCTURE.format(budget=lowest, structure=structure)])
+
+
+def decision(made: list[dict[str, Any]], text: str) -> str:
+    """The loss of rows that decide for themselves and, where they were counted, their FLOPs."""
+    loss = spread(made, lambda c: c["losses"][text])
+    return f"{loss} at {mean(made, lambda c: c['flops'][text]):.3f}" if "flops" in made[0] else loss
 
 
 def trained(label: str, report: dict[str, Any]) -> list[str]:

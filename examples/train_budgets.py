@@ -8,7 +8,7 @@ For each budget: *calibrated*, what ``modcompile.calibrate`` makes; *pruned*, wh
 *stochastic*, the calibrated model's blocks and capacities with top-k of Gaussian noise. Each is trained on the same
 batches with the same steps: next-token loss and the distance to the dense model's predictions. The dense model is there
 as it was, and trained on the same batches too. Of the calibrated model there is also the loss when each row decides for
-itself, by a threshold, as generation must.
+itself, by a threshold, as generation must, and the FLOPs of that.
 
 With ``--smaller 0.8`` pruned and routed models begin with a smaller dense model: blocks are dropped to this share of
 the FLOPs, and what is left is trained for the first of the steps. Far below it, what calibration measures of the model
@@ -26,6 +26,7 @@ import dataclasses
 import doctest
 import itertools
 import math
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -54,7 +55,7 @@ from modcompile.training import (
     logits_loss,
     next_token_loss,
 )
-from modcompile.variants import pruned_model
+from modcompile.variants import dense_model, pruned_model
 
 # B batch  S rows  V vocabulary
 WARMUP = 0.05  # of the steps
@@ -103,32 +104,46 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 @torch.no_grad()
+def text_loss(model: nn.Module, batches: torch.Tensor) -> float:
+    """Of [batches, B, S] tokens."""
+    with autocast(batches.device):
+        return torch.stack([next_token_loss(model(ids).logits, ids) for ids in batches]).mean().item()
+
+
 def losses(model: nn.Module, texts: Texts) -> dict[str, float]:
     """By the name of the text."""
     model.eval()
-    found = {}
-    for name, batches in texts.held_out.items():
-        with autocast(batches.device):
-            found[name] = torch.stack([next_token_loss(model(ids).logits, ids) for ids in batches]).mean().item()
-    return found
+    return {name: text_loss(model, batches) for name, batches in texts.held_out.items()}
 
 
+@torch.no_grad()
 def causal_losses(mod: mc.MoDModel, texts: Texts, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """The losses when each row decides for itself, and how many rows enter for each that top-k chose."""
-    thresholds, taken, entered = QuantileThresholds(mod, decay=0.9), 0.0, 0.0
+    """The losses when each row decides for itself, and the FLOPs of that, as a share of the dense model's, by text.
+
+    Thresholds are of the text that the model was trained on: of another one more rows may enter, or fewer.
+    """
+    thresholds = QuantileThresholds(mod, decay=0.9)
     batches = texts.batches(options.batch, options.rows, seed + 1000)
-    with torch.no_grad(), autocast(texts.train.device):
-        for _ in range(options.threshold_batches):
-            with mc.trace_routing(mod) as trace:
-                mod(next(batches))
-            thresholds.update(trace)
-        causal = causal_model(mod, thresholds)
-        for model in (mod, causal):
-            with mc.trace_routing(model) as trace:
-                model(next(iter(texts.held_out.values()))[0])
-            rows = sum(block.taken().float().mean().item() for block in trace.values())
-            taken, entered = (rows, entered) if model is mod else (taken, rows)
-    return {"losses": losses(causal, texts), "rows": entered / taken}
+    for _ in range(options.threshold_batches):
+        with mc.trace_routing(mod) as trace, autocast(texts.train.device):
+            mod(next(batches))
+        thresholds.update(trace)
+    causal = causal_model(mod, thresholds)
+    sizes = {"batch": options.batch, "sequence": options.rows}
+    routed, dense = flops_by_module(mod, sizes), flops_by_module(dense_model(mod), sizes)
+    ratios = dict(zip(mod.routers, mod.config.ratios(list(mod.routers)), strict=True))
+    found: dict[str, Any] = {"losses": {}, "flops": {}}
+    for name, text in texts.held_out.items():
+        flops, made = float(routed[""]), []
+        for ids in text:
+            with mc.trace_routing(causal) as trace:
+                made.append(text_loss(causal, ids[None]))
+            for path, block in trace.items():
+                # A block's cost grows with its rows alike, from what it is at its capacity to the dense block's.
+                more = (block.taken().float().mean().item() - ratios[path]) / (1 - ratios[path])
+                flops += more * (dense[path] - routed[path]) / len(text)
+        found["losses"][name], found["flops"][name] = statistics.fmean(made), flops / dense[""]
+    return found
 
 
 def cosine(optimizer: torch.optim.Optimizer, steps: int, warmup_share: float) -> torch.optim.lr_scheduler.LambdaLR:
@@ -359,8 +374,8 @@ def table(report: dict[str, Any]) -> str:
         figures = [f"{cell['untrained'][text]:.3f} -> {cell['trained'][text]:.3f}" for text in names]
         lines.append(f"| {name} | {cell['flops']:.3f} | {' | '.join(figures)} | {cell['seconds']:.0f} |")
         if "causal" in cell:
-            figures = [f"{cell['causal']['losses'][text]:.3f}" for text in names]
-            lines.append(f"| each row decides | {cell['causal']['rows']:.2f} of its rows | {' | '.join(figures)} | |")
+            figures = [f"{cell['causal']['losses'][text]:.3f} at {cell['causal']['flops'][text]:.3f}" for text in names]
+            lines.append(f"| each row decides | | {' | '.join(figures)} | |")
     return "\n".join(lines)
 
 

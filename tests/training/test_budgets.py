@@ -10,6 +10,8 @@ from scripts import EXAMPLES, load_script
 
 import modcompile as mc
 from modcompile.flops import count_flops
+from modcompile.training import QuantileThresholds, causal_model
+from modcompile.variants import dense_model
 
 pytest.importorskip("transformers")
 
@@ -110,8 +112,30 @@ def test_a_structure_that_is_given(script, made, tmp_path):
 
 def test_rows_that_decide_for_themselves(script, made):
     _, mod, texts = made
-    found = script.causal_losses(mod, texts, 0, options())
-    assert 0.5 < found["rows"] < 2 and 4 < found["losses"]["bytes"] < 8
+    seen = []
+
+    class Watched(script.QuantileThresholds):
+        def update(self, trace):
+            super().update(trace)
+            seen.append(self.values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "QuantileThresholds", Watched)
+        found = script.causal_losses(mod, texts, 0, options())
+    assert 4 < found["losses"]["bytes"] < 8 and len(seen) == 2
+    thresholds = QuantileThresholds(mod)
+    thresholds.values = seen[-1]
+    causal, entered = causal_model(mod, thresholds), []
+    for ids in texts.held_out["bytes"]:
+        with torch.no_grad(), mc.trace_routing(causal) as trace:
+            causal(ids)
+        entered.append([block.taken().float().mean().item() for block in trace.values()])
+    ratios = torch.tensor(entered).mean(0)
+    assert (ratios - 0.25).abs().max() > 0.01
+    sizes = {"batch": B, "sequence": S}
+    same_rows = mod.with_capacity([round(S * ratio) / S for ratio in ratios.tolist()])
+    share = [count_flops(model, sizes) / count_flops(dense_model(mod), sizes) for model in (same_rows, mod)]
+    assert found["flops"]["bytes"] == pytest.approx(share[0], abs=0.5 / S) and abs(share[0] - share[1]) > 0.005
 
 
 def test_random_rows(script, made):
