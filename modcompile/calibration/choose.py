@@ -132,21 +132,24 @@ class Search:
 
     def fill(self, budget: float) -> None:
         """Gives what is left of the budget to the block where it lowers the loss most."""
-        limit, best = budget * self.trials.dense_flops, (self.loss, self.state)
+        limit = budget * self.trials.dense_flops
+        rooms: list[tuple[float, str, int]] = []
         for path, ratio in self.state.items():
             above = next((each for each in [*self.ratios, DENSE] if each > ratio), None)
             if above is None:
                 continue
-            # One row more costs nearly the same everywhere between two ratios, which tells where to look.
+            # One row more costs nearly the same everywhere between two ratios: it is counted for the best block alone.
             price = (self.trials.flops(self.state | {path: above}) - self.flops) / (above - ratio)
             steps = min(int((ratio + Fraction(limit - self.flops) / price) / STEP), STEP.denominator - 1)
-            while steps * STEP > ratio and self.trials.flops(self.state | {path: steps * STEP}) > limit:
-                steps -= 1
             if steps * STEP > ratio:
-                state = self.state | {path: steps * STEP}
-                best = min(best, (self.trials.loss(state, path), state), key=lambda each: each[0])
-        if best[1] != self.state:
-            self._change({path: ratio for path, ratio in best[1].items() if ratio != self.state[path]})
+                rooms.append((self._trial(path, steps * STEP), path, steps))
+        if not rooms:
+            return
+        _, path, steps = min(rooms)
+        while self.trials.flops(self.state | {path: steps * STEP}) > limit:
+            steps -= 1
+        if steps * STEP > self.state[path] and self._trial(path, steps * STEP) < self.loss:
+            self._change({path: steps * STEP})
 
     def _trial(self, path: str, ratio: Fraction) -> float:
         return self.trials.loss(self.state | {path: ratio}, path)

@@ -108,7 +108,8 @@ def _reference(x: Tensor, positions: Tensor) -> Tensor:
             fix="add the missing batch or row dimension",
         )
     check_positions("gather_rows", x, positions)
-    return _Gather.apply(x, positions)
+    # Without gradients the function's own bookkeeping would take longer than the gather.
+    return (_Gather.apply if torch.is_grad_enabled() else _Gather.forward)(x, positions)
 
 
 _ONNX_GATHER_ROWS = """

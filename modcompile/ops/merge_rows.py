@@ -120,7 +120,7 @@ class _Merge(torch.autograd.Function):
 def _reference(x: Tensor, y: Tensor, positions: Tensor, gate: Tensor) -> Tensor:
     _check(x, y, positions, gate)
     rows = torch.ops.modcompile.gather_rows.default(x, positions)  # [B, K, D]
-    return _Merge.apply(x, rows, y, positions, gate)
+    return (_Merge.apply if torch.is_grad_enabled() else _Merge.forward)(x, rows, y, positions, gate)
 
 
 # An overwriting ScatterND: positions are unique, and TensorRT's parser rejects reduction="add". The two ends are
