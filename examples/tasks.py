@@ -37,12 +37,12 @@ from typing import Any
 
 import torch
 import transformers as hf
+from budget_training import autocast, cosine, stochastic
 from cells import Cells
 from pretrained import MINILM, folder_of, minilm_model
 from task_heads import Classifier, Embedder, SpanFinder
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
-from train_budgets import autocast, cosine, stochastic
 
 import modcompile as mc
 from modcompile.calibration import calibrate_each, pruning_order

@@ -1,4 +1,4 @@
-"""examples/train_budgets.py: how it trains a routed model, which its tiny run has none of."""
+"""examples/train_budgets.py and budget_training.py: how they train a routed model, which the tiny run has none of."""
 
 import argparse
 import copy
@@ -24,7 +24,12 @@ def script():
 
 
 @pytest.fixture(scope="module")
-def made(script):
+def training():
+    return load_script(EXAMPLES / "budget_training.py")
+
+
+@pytest.fixture(scope="module")
+def made(script, training):
     """A captured decoder, the same with two routed blocks, and bytes that repeat."""
     model, _ = script.tiny_model()
     tokens = torch.arange(4000) % 7 + 40
@@ -34,7 +39,7 @@ def made(script):
     for router in mod.routers.values():
         with torch.no_grad():
             router.weight.copy_(torch.randn(router.weight.shape, generator=generator))
-    return graph, mod, script.Texts(tokens, {"bytes": tokens[:2 * B * S].view(2, B, S)})
+    return graph, mod, training.Texts(tokens, {"bytes": tokens[:2 * B * S].view(2, B, S)})
 
 
 def options(**changed):
@@ -43,49 +48,49 @@ def options(**changed):
                                  "calibration_sequences": 4, "calibration_batch": 2} | changed)
 
 
-def trained(script, made, **changed):
+def trained(training, made, **changed):
     graph, mod, texts = made
     mod = copy.deepcopy(mod)
-    before = script.losses(mod, texts)["bytes"]
-    script.train(mod, copy.deepcopy(graph), texts, 0, 8, options(**changed))
-    assert script.losses(mod, texts)["bytes"] < before - 0.1
+    before = training.losses(mod, texts)["bytes"]
+    training.train(mod, copy.deepcopy(graph), texts, 0, 8, options(**changed))
+    assert training.losses(mod, texts)["bytes"] < before - 0.1
     return mod
 
 
-def test_routers_stay_as_they_were_fitted(script, made):
-    mod = trained(script, made)
+def test_routers_stay_as_they_were_fitted(training, made):
+    mod = trained(training, made)
     for path, router in made[1].routers.items():
         assert torch.equal(mod.routers[path].weight, router.weight)
     assert not torch.equal(mod.get_parameter("transformer.h.1.mlp.c_fc.weight"),
                            made[1].get_parameter("transformer.h.1.mlp.c_fc.weight"))
 
 
-def test_routers_are_fitted_again_on_the_way(script, made, monkeypatch):
+def test_routers_are_fitted_again_on_the_way(training, made, monkeypatch):
     seen = []
-    monkeypatch.setattr(script.RouterRefits, "update", lambda self, step, old=script.RouterRefits.update: (
+    monkeypatch.setattr(training.RouterRefits, "update", lambda self, step, old=training.RouterRefits.update: (
         seen.append(step if old(self, step) else None)))
-    mod = trained(script, made, refit=[0.25, 0.5])
+    mod = trained(training, made, refit=[0.25, 0.5])
     assert seen == [None, None, 2, None, 4, None, None, None]
     for path, router in made[1].routers.items():
         assert not torch.equal(mod.routers[path].weight, router.weight)
     # There is nothing to fit in a model whose rows are random.
-    noise = script.stochastic(made[1])
+    noise = training.stochastic(made[1])
     seen.clear()
-    script.train(noise, copy.deepcopy(made[0]), made[2], 0, 2, options(refit=[0.0]))
+    training.train(noise, copy.deepcopy(made[0]), made[2], 0, 2, options(refit=[0.0]))
     assert not seen
 
 
-def test_routers_that_are_trained(script, made):
-    mod = trained(script, made, router_lr=1e-2)
+def test_routers_that_are_trained(training, made):
+    mod = trained(training, made, router_lr=1e-2)
     for path, router in made[1].routers.items():
         assert not torch.equal(mod.routers[path].weight, router.weight)
 
 
-def test_capacities_come_down(script, made, monkeypatch):
+def test_capacities_come_down(training, made, monkeypatch):
     seen = []
     monkeypatch.setattr(mc.MoDModel, "set_capacity", lambda self, ratio, old=mc.MoDModel.set_capacity: (
         seen.append(ratio), old(self, ratio))[1])
-    mod = trained(script, made, anneal=0.5)
+    mod = trained(training, made, anneal=0.5)
     assert seen == [[1.0, 1.0], [0.625, 0.625], 0.25]
     assert [block.capacity_ratio for block in mod.routed_blocks] == ["1/4", "1/4"]
     assert mod.config == made[1].config
@@ -110,18 +115,18 @@ def test_a_structure_that_is_given(script, made, tmp_path):
         script.prepare(graph, count_flops(graph, sizes), calibration, sizes, given)
 
 
-def test_rows_that_decide_for_themselves(script, made):
+def test_rows_that_decide_for_themselves(training, made):
     _, mod, texts = made
     seen = []
 
-    class Watched(script.QuantileThresholds):
+    class Watched(training.QuantileThresholds):
         def update(self, trace):
             super().update(trace)
             seen.append(self.values)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "QuantileThresholds", Watched)
-        found = script.causal_losses(mod, texts, 0, options())
+        patch.setattr(training, "QuantileThresholds", Watched)
+        found = training.causal_losses(mod, texts, 0, options())
     assert 4 < found["losses"]["bytes"] < 8 and len(seen) == 2
     thresholds = QuantileThresholds(mod)
     thresholds.values = seen[-1]
@@ -138,9 +143,9 @@ def test_rows_that_decide_for_themselves(script, made):
     assert found["flops"]["bytes"] == pytest.approx(share[0], abs=0.5 / S) and abs(share[0] - share[1]) > 0.005
 
 
-def test_random_rows(script, made):
+def test_random_rows(training, made):
     _, mod, texts = made
-    noise, ids = script.stochastic(mod), texts.held_out["bytes"][0]
+    noise, ids = training.stochastic(mod), texts.held_out["bytes"][0]
     assert not list(noise.routers["transformer.h.1"].parameters())
     assert not torch.equal(noise(ids).logits, noise(ids).logits)
     assert torch.equal(mod(ids).logits, mod(ids).logits)
