@@ -215,7 +215,7 @@ def refit_routers(mod: MoDModel, batches: Sequence[Any], *, objective: Objective
 
     Args:
         mod: The routed model, in any mode; only its routers change.
-        batches: As for ``calibrate``; the same ones in every process of a data-parallel run.
+        batches: As for ``calibrate``.
         objective: As for ``calibrate_each``, like the others.
         draws: Backward passes per batch.
         ridge: The strength of the regression's penalty.
@@ -225,7 +225,7 @@ def refit_routers(mod: MoDModel, batches: Sequence[Any], *, objective: Objective
         By the block's path, the share of the importance's variance that its router explains.
 
     Raises:
-        UsageError: As for ``fit_routers``.
+        UsageError: As for ``fit_routers``, or parameters that are spread over processes.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -236,6 +236,11 @@ def refit_routers(mod: MoDModel, batches: Sequence[Any], *, objective: Objective
         True
     """
     _require_ranking(mod.config)
+    if sharded := [name for name, parameter in mod.named_parameters() if hasattr(parameter, "full_tensor")]:
+        raise UsageError("routers are fitted where the whole model is", where="refit_routers",
+                         expected="whole parameters, as in one process or under DistributedDataParallel",
+                         found=f"shares of {len(sharded)} parameters, such as {sharded[0]}",
+                         fix="fit them before fully_shard, or to a copy that is whole")
     dense, bound = _prepare(pruned_model(mod, mod.config.dropped).eval(), batches, mod.config)
     state = dict(zip(mod.routers, mod.config.ratios(list(mod.routers)), strict=True))
     fitted, _ = _fit(Measured(dense, mod.routers, choose_objective(dense, objective)), state, bound, draws, ridge, seed)

@@ -5,6 +5,8 @@ __all__ = ["RouterRefits"]
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import torch
+
 from modcompile.calibration import refit_routers
 from modcompile.errors import UsageError
 from modcompile.model import MoDModel
@@ -14,7 +16,8 @@ class RouterRefits:
     """Fits a model's routers again when given steps come, for training moves what they were fitted to.
 
     Each time costs a forward and a few backward passes per batch, without a step of the optimizer. Early steps move a
-    model most: 5, 10, 20, 30 and 50 % of a run are good ones, and routers between them stay as they are fitted.
+    model most: 5, 10, 20, 30 and 50 % of a run are good ones, and routers between them stay as they are fitted. Of
+    several processes, each takes the routers of the first: none may route a row otherwise than the others.
 
     Args:
         mod: The model; see ``calibration.refit_routers`` for the routers that can be fitted.
@@ -23,7 +26,7 @@ class RouterRefits:
         options: As for ``refit_routers``.
 
     Raises:
-        UsageError: A step below 0.
+        UsageError: A step below 0. ``update`` raises what ``refit_routers`` does.
 
     Example:
         >>> import torch, modcompile as mc
@@ -44,7 +47,11 @@ class RouterRefits:
 
     def update(self, step: int) -> bool:
         """Fits the routers if it is time to; ``r2`` then is what ``refit_routers`` returned. Returns whether it was."""
-        due = step in self.steps
-        if due:
-            self.r2 = refit_routers(self.mod, self.batches, **self.options)
-        return due
+        if step not in self.steps:
+            return False
+        self.r2 = refit_routers(self.mod, self.batches, **self.options)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for router in self.mod.routers.values():
+                for parameter in router.parameters():
+                    torch.distributed.broadcast(parameter.detach(), 0)
+        return True

@@ -1,5 +1,9 @@
 """Routers are fitted again when it is time, and at no other; what the fit itself gives is calibration's to test."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -64,3 +68,45 @@ def test_the_trainer_lowers_capacities_before_it_fits():
 def test_a_step_that_never_comes():
     with pytest.raises(UsageError, match="a step does not fit"):
         RouterRefits(made(), [], steps=(-1,))
+
+
+RANKS = '''
+import sys, torch
+sys.path.insert(0, {tests!r})
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from tiny import WIDTH, randn
+from training.test_refit import made, weights
+from modcompile.errors import UsageError
+from modcompile.training import RouterRefits, WithLoss
+dist.init_process_group("gloo")
+mod = made()
+torch.nn.parallel.DistributedDataParallel(mod)
+torch.manual_seed(dist.get_rank())
+batches = [(torch.randn(2, 9, WIDTH),)]
+RouterRefits(mod, batches, steps=(0,)).update(0)
+routers = [torch.empty_like(weights(mod)) for _ in range(2)]
+dist.all_gather(routers, weights(mod))
+assert torch.equal(*routers) and routers[0].abs().max() > 0, "the ranks' routers differ"
+if dist.get_rank() == 0:
+    torch.save((batches, weights(mod)), {out!r})
+fully_shard(mod, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
+try:
+    RouterRefits(mod, batches, steps=(0,)).update(0)
+    raise SystemExit("nothing was refused")
+except UsageError as error:
+    assert "fitted where the whole model is" in str(error), error
+dist.destroy_process_group()
+'''
+
+
+@pytest.mark.long
+def test_processes_take_the_routers_of_the_first(tmp_path):
+    out, script = tmp_path / "routers.pt", tmp_path / "ranks.py"
+    script.write_text(RANKS.format(tests=str(Path(__file__).parents[1]), out=str(out)))
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script],
+                   check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    batches, routers = torch.load(out)
+    mod = made()
+    refit_routers(mod, batches)
+    torch.testing.assert_close(weights(mod), routers)
