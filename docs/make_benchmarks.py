@@ -37,12 +37,13 @@ framework's layers do. *torch.compile* is the dense model under `torch.compile`,
 random, so these tables say nothing of quality.
 
 *Largest error* is from the float32 model in PyTorch. Rounding moves some rows of some models far, and a routed engine
-in half precision ranks some rows with nearly equal logits otherwise: where rows are far from the float32 model's, their
-share stands below the table, and beside it PyTorch's own, on the same graph in the same precision. The calibrated
-SmolLM2 is `calibrated-0.6` of `examples/train_budgets.py --budgets 0.6 --ratios 0.5`. AOTInductor's figures of GPT-2
-medium's shape have the activation in the product before it on the H200 and not on the H100, which was earlier;
-torch.compile has it apart. *Engine MB* is the engine on disk, *GPU MB* what the GPU's memory holds for it after a
-run, weights and what it computes with.
+in half precision ranks some rows with nearly equal logits otherwise: where rows are far from the float32 model's,
+their share stands below the table, and beside it PyTorch's own, on the same graph in the same precision. The
+calibrated SmolLM2 is `calibrated-0.6` of `examples/train_budgets.py --budgets 0.6 --ratios 0.5`. AOTInductor's
+figures of GPT-2 medium's shape have the activation in the product before it on the H200 and not on the H100, which
+was earlier; torch.compile has it apart. They are of engines built with `autotune=false` but for the last, of 8 x 1024
+on the H200: that one is as users build it, and has the same products; its process had a neighbour at work. *Engine
+MB* is the engine on disk, *GPU MB* what the GPU's memory holds for it after a run, weights and what it computes with.
 
 This page is written by `docs/make_benchmarks.py` from `docs/benchmarks/*.json`.
 """
