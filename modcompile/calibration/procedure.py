@@ -243,6 +243,8 @@ def refit_routers(mod: MoDModel, batches: Sequence[Any], *, objective: Objective
                          fix="fit them before fully_shard, or to a copy that is whole")
     dense, bound = _prepare(pruned_model(mod, mod.config.dropped).eval(), batches, mod.config)
     state = dict(zip(mod.routers, mod.config.ratios(list(mod.routers)), strict=True))
+    if not state:
+        return {}
     fitted, _ = _fit(Measured(dense, mod.routers, choose_objective(dense, objective)), state, bound, draws, ridge, seed)
     _load(mod, fitted)
     return {path: r2 for path, (_, _, r2) in fitted.items()}

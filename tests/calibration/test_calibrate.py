@@ -204,6 +204,8 @@ def test_routers_are_fitted_again_to_the_model_as_it_is(graph):
     assert list(refit_routers(again, texts()).values()) == pytest.approx([*r2.values()], rel=1e-4)
     torch.testing.assert_close(again.routers["stack.layers.1"].weight, mod.routers[routed].weight, rtol=1e-3, atol=1e-6)
     assert 0 < r2[routed] <= 1
+    without = mc.convert(graph, config=GIVEN.model_copy(update={"blocks": (dropped,)}))
+    assert not without.routers and refit_routers(without, texts()) == {}
 
 
 @pytest.mark.parametrize("options", [dict(gate="raw"), dict(router="mlp"), dict(axis="sequence")], ids=str)
