@@ -1,14 +1,15 @@
 """What a model is calibrated on: calls of it, as tensors from Python or as a text file through its tokenizer."""
 
-__all__ = ["Batch", "bind_batches", "sizes_of", "text_batches"]
+__all__ = ["Batch", "bind_batches", "prepare", "sizes_of", "text_batches"]
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from modcompile.capture import capture
 from modcompile.config import MoDConfig
 from modcompile.convert import padding_mask
 from modcompile.errors import UsageError
@@ -62,6 +63,26 @@ def bind_batches(graph: GraphModel, calls: Sequence[Any], config: MoDConfig) -> 
                                  where=f"batches[{number}], input {graph_name(mask.removeprefix('~'))}")
         made.append(Batch(inputs, valid))
     return made
+
+
+def prepare(model: nn.Module, batches: Sequence[Any], config: MoDConfig) -> tuple[GraphModel, list[Batch]]:
+    """The model's graph, and the batches as its inputs, of which it takes the first."""
+    if not isinstance(batches, Sequence) or not batches:
+        raise UsageError("calibration goes through its batches many times", where="batches",
+                         expected="a list of calls: dicts of inputs by name, or tensors",
+                         found="an empty list" if isinstance(batches, Sequence) else type(batches).__name__,
+                         fix="list(batches)")
+    graph = model if isinstance(model, GraphModel) else capture(model, batches[0])
+    bound = bind_batches(graph, batches, config)
+    try:
+        with torch.no_grad():
+            graph.run_graph(bound[0].inputs)
+    except (IndexError, RuntimeError) as error:
+        # Longer than a table of positions, for example.
+        raise UsageError("the model does not take these sizes", expected=graph.interface.summary(), where="batches[0]",
+                         found=f"{', '.join(str(tuple(tensor.shape)) for tensor in bound[0].inputs)}: "
+                         f"{str(error).partition(chr(10))[0]}", fix="give it shorter sequences") from error
+    return graph, bound
 
 
 def sizes_of(graph: GraphModel, batch: Batch) -> dict[str, int]:

@@ -1,11 +1,19 @@
 """A router in closed form: ridge regression from the hidden state to what a row's update is worth."""
 
-__all__ = ["RouterFit"]
+__all__ = ["RIDGE", "Fitted", "RouterFit", "load_fitted"]
 
 import torch
 from torch import Tensor
 
+from modcompile.model import MoDModel
+
 # B batch  S rows  D model dim
+
+# What is added to the regression's diagonal, as a share of its mean.
+RIDGE = 0.01
+
+# The weight [D] and the bias of each block's router, and the share of the importance's variance that they explain.
+Fitted = dict[str, tuple[torch.Tensor, torch.Tensor, float]]
 
 
 class RouterFit:
@@ -62,3 +70,12 @@ class RouterFit:
         left = self._square - 2 * weight @ self._moment + weight @ self._gram @ weight
         r2 = float(1 - left / self._square) if self._square > 0 else 0.0
         return weight, -weight @ self._sum / max(1, self.rows), r2
+
+
+def load_fitted(mod: MoDModel, fitted: Fitted) -> None:
+    """Gives routers their fitted weights."""
+    with torch.no_grad():
+        for path, (weight, bias, _) in fitted.items():
+            router = mod.routers[path]
+            router.weight.copy_(weight[None])
+            router.bias.copy_(bias)

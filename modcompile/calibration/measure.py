@@ -1,6 +1,6 @@
 """How much each row's update matters, in every block at once: one forward pass and a few backward ones per batch."""
 
-__all__ = ["Measured", "importance", "measure"]
+__all__ = ["Measured", "fit_importance", "importance", "measure"]
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ import torch.fx
 from torch import Tensor
 
 from modcompile.calibration.batches import Batch
-from modcompile.calibration.fit import RouterFit
+from modcompile.calibration.fit import Fitted, RouterFit
 from modcompile.calibration.objective import Objective
 from modcompile.calibration.trials import DENSE, DROPPED, State, Trials
 from modcompile.config import capacity
@@ -41,6 +41,13 @@ class Measured:
     def of(cls, trials: Trials) -> "Measured":
         """What is tried, as it was and with the routers of the trials."""
         return cls(trials.dense, trials.mod.routers, trials.objective)
+
+
+def fit_importance(model: Measured, state: State, batches: Sequence[Batch], *, draws: int, ridge: float, seed: int
+                   ) -> tuple[Fitted, int]:
+    """Routers for what rows matter with a state in place, and how many rows were seen."""
+    fits = measure(model, state, batches, draws=draws, seed=seed)
+    return {path: fit.solve(ridge) for path, fit in fits.items()}, next(iter(fits.values())).rows
 
 
 def measure(model: Measured, state: State, batches: Sequence[Batch], *, draws: int, seed: int) -> dict[str, RouterFit]:

@@ -1,38 +1,29 @@
 """The whole of calibration: measure, fit the routers, choose blocks and ratios, convert."""
 
-__all__ = ["CalibrationResult", "calibrate", "calibrate_each", "fit_routers", "pruning_order",
-           "refit_routers"]
+__all__ = ["CalibrationResult", "calibrate", "calibrate_each", "describe_blocks", "pruning_order"]
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
-from modcompile.calibration.batches import Batch, bind_batches
+from modcompile.calibration.batches import Batch, prepare
 from modcompile.calibration.choose import Search, check_budget
-from modcompile.calibration.measure import Measured, measure
-from modcompile.calibration.objective import ObjectiveKind, choose_objective
-from modcompile.calibration.trials import DENSE, DROPPED, State, Trials
-from modcompile.capture import capture
+from modcompile.calibration.fit import RIDGE, Fitted, load_fitted
+from modcompile.calibration.measure import Measured, fit_importance
+from modcompile.calibration.objective import ObjectiveKind
+from modcompile.calibration.trials import DENSE, DROPPED, State, Trials, trials_of
 from modcompile.config import MoDConfig, as_fraction
 from modcompile.convert import convert
-from modcompile.errors import UnsupportedGraphError, UsageError
+from modcompile.errors import UsageError
 from modcompile.model import GraphModel, MoDModel
-from modcompile.variants import pruned_model
 
 # B batch  S rows  D model dim
 
-# What is added to the regression's diagonal, as a share of its mean.
-RIDGE = 0.01
-
 # On the way to a budget, routers are fitted again each time that this share of the dense model's FLOPs is saved.
 STRIDE = 0.1
-
-# The weight [D] and the bias of each block's router, and the share of the importance's variance that they explain.
-Fitted = dict[str, tuple[torch.Tensor, torch.Tensor, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +74,7 @@ def calibrate(model: nn.Module, batches: Sequence[Any], budget: float, **options
         UnsupportedGraphError: A model that cannot be captured or routed.
 
     Example:
+        >>> import torch
         >>> _ = torch.manual_seed(0)
         >>> layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
         >>> model, batches = nn.TransformerEncoder(layer, 4), [(torch.randn(2, 16, 8),)]
@@ -137,8 +129,8 @@ def calibrate_each(model: nn.Module, batches: Sequence[Any], budgets: Sequence[f
                          found=", ".join(map(str, budgets)), where="budget")
     config = MoDConfig(blocks=blocks if isinstance(blocks, str) else tuple(blocks), gate="straight-through",
                        padding_mask=padding_mask)
-    graph, bound = _prepare(model, batches, config)
-    tried, refused = _trials(graph, config, attend_to, bound, trial_batches, objective)
+    graph, bound = prepare(model, batches, config)
+    tried, refused = trials_of(graph, config, attend_to, bound, trial_batches, objective)
     for trials in tried:
         check_budget(trials, DROPPED, min(budgets))
     ways = [_Way(trials, bound, asked, draws, ridge, exchanges, seed, say) for trials in tried]
@@ -152,110 +144,6 @@ def calibrate_each(model: nn.Module, batches: Sequence[Any], budgets: Sequence[f
             "trial_batches": min(trial_batches, len(bound)),
         }
         yield CalibrationResult(_converted(graph, config, best), report)
-
-
-def fit_routers(model: nn.Module, batches: Sequence[Any], config: MoDConfig, *, objective: ObjectiveKind = "auto",
-                draws: int = 2, ridge: float = RIDGE, trial_batches: int = 2, seed: int = 0) -> CalibrationResult:
-    """Routes a model as a configuration says and fits its routers, without training and without a choice of blocks.
-
-    Routers are fitted to what rows matter in the dense model, as ``calibrate``'s are, and with those in place again:
-    what earlier blocks pass by or leave out changes what later ones see.
-
-    Args:
-        model: As for ``calibrate``.
-        batches: What the routers are fitted to.
-        config: The blocks, their ratios, and what is left out. Importance is measured without its
-            ``capacity_multiple``.
-        objective: As for ``calibrate_each``, like the others.
-        draws: Backward passes per batch.
-        ridge: The strength of the regression's penalty.
-        trial_batches: On how many of the batches the reported losses are measured.
-        seed: Of the random draws.
-
-    Raises:
-        UsageError: Batches that do not fit the model, or a router or gate that importance says nothing for.
-        UnsupportedGraphError: A model that cannot be captured or routed.
-
-    Example:
-        >>> _ = torch.manual_seed(0)
-        >>> layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-        >>> model, batches = nn.TransformerEncoder(layer, 4), [(torch.randn(2, 16, 8),)]
-        >>> config = MoDConfig(blocks=(1, 2), capacity_ratio=(0.5, 0.25), gate="straight-through")
-        >>> {path: block["ratio"] for path, block in fit_routers(model, batches, config).report["blocks"].items()}
-        {'layers.1': '1/2', 'layers.2': '1/4'}
-    """
-    _require_ranking(config)
-    graph, bound = _prepare(model, batches, config)
-    mod = convert(graph, config=config)
-    ratios = dict(zip(mod.routers, config.ratios(list(mod.routers)), strict=True))
-    state = ratios | dict.fromkeys(config.dropped, DROPPED)
-    candidates = MoDConfig(blocks=tuple(state), gate="straight-through", padding_mask=config.padding_mask)
-    (trials,), _ = _trials(graph, candidates, config.attend_to, bound, trial_batches, objective)
-    for seen in (dict.fromkeys(trials.paths, DENSE), state):
-        fitted, rows = _fit(Measured.of(trials), seen, bound, draws, ridge, seed)
-        _load(trials.mod, fitted)
-        trials.forget()
-    _load(mod, {path: fitted[path] for path in ratios})
-    loss, share = trials.loss(state), trials.flops(state) / trials.dense_flops
-    return CalibrationResult(mod, {
-        "objective": trials.objective.name, "flops": share, "rows": rows,
-        "loss": {"dense": trials.loss(dict.fromkeys(trials.paths, DENSE)), "calibrated": loss},
-        "blocks": _blocks({path: state[path] for path in trials.paths}, fitted),
-        "attend_to": {config.attend_to: {"loss": loss, "flops": share}},
-        "trial_batches": min(trial_batches, len(bound)),
-    })
-
-
-def refit_routers(mod: MoDModel, batches: Sequence[Any], *, objective: ObjectiveKind = "auto", draws: int = 2,
-                  ridge: float = RIDGE, seed: int = 0) -> dict[str, float]:
-    """Fits a routed model's routers again, in place, to what rows matter in it as it is now.
-
-    Training moves hidden states away from those that the routers were fitted to, and changes which rows matter. The
-    optimizer should leave the routers alone, for it would move them by moments of those that are gone.
-
-    Args:
-        mod: The routed model, in any mode; only its routers change.
-        batches: As for ``calibrate``.
-        objective: As for ``calibrate_each``, like the others.
-        draws: Backward passes per batch.
-        ridge: The strength of the regression's penalty.
-        seed: Of the random draws.
-
-    Returns:
-        By the block's path, the share of the importance's variance that its router explains.
-
-    Raises:
-        UsageError: As for ``fit_routers``, or parameters that are spread over processes.
-
-    Example:
-        >>> _ = torch.manual_seed(0)
-        >>> model, batches = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 4), [
-        ...     (torch.randn(2, 16, 8),)]
-        >>> mod = calibrate(model, batches, budget=0.8).mod
-        >>> list(refit_routers(mod, batches)) == list(mod.routers)
-        True
-    """
-    _require_ranking(mod.config)
-    if sharded := [name for name, parameter in mod.named_parameters() if hasattr(parameter, "full_tensor")]:
-        raise UsageError("routers are fitted where the whole model is", where="refit_routers",
-                         expected="whole parameters, as in one process or under DistributedDataParallel",
-                         found=f"shares of {len(sharded)} parameters, such as {sharded[0]}",
-                         fix="fit them before fully_shard, or to a copy that is whole")
-    dense, bound = _prepare(pruned_model(mod, mod.config.dropped).eval(), batches, mod.config)
-    state = dict(zip(mod.routers, mod.config.ratios(list(mod.routers)), strict=True))
-    if not state:
-        return {}
-    fitted, _ = _fit(Measured(dense, mod.routers, choose_objective(dense, objective)), state, bound, draws, ridge, seed)
-    _load(mod, fitted)
-    return {path: r2 for path, (_, _, r2) in fitted.items()}
-
-
-def _require_ranking(config: MoDConfig) -> None:
-    """Raises UsageError unless importance says what a configuration's routers should give."""
-    if (config.router, config.axis) != ("linear", "token") or config.gate not in ("straight-through", "scale"):
-        raise UsageError("routers are fitted to rank the rows of a sequence", where="MoDConfig",
-                         expected='router="linear", axis="token", gate="straight-through" or "scale"',
-                         found=f'router="{config.router}", axis="{config.axis}", gate="{config.gate}"')
 
 
 class _Way:
@@ -287,7 +175,7 @@ class _Way:
         return {
             "objective": self.trials.objective.name, "budget": budget, "flops": self.share, "rows": self._rows,
             "loss": {"dense": self.dense, "pruned": self.pruned.loss, "calibrated": self.search.loss},
-            "blocks": _blocks(self.search.state, self.fitted),
+            "blocks": describe_blocks(self.search.state, self.fitted),
             "moves": [dataclasses.asdict(move) | {"ratio": str(move.ratio)} for move in self.search.moves],
         }
 
@@ -321,22 +209,16 @@ class _Way:
         self._say(f"routers fitted again: loss {self.search.loss:.4g}")
 
     def _fit(self, state: State) -> Fitted:
-        fitted, self._rows = _fit(Measured.of(self.trials), state, self._batches, self._draws, self._ridge, self._seed)
+        fitted, self._rows = fit_importance(
+            Measured.of(self.trials), state, self._batches, draws=self._draws, ridge=self._ridge, seed=self._seed)
         return fitted
 
     def _load(self, fitted: Fitted) -> None:
-        _load(self.trials.mod, fitted)
+        load_fitted(self.trials.mod, fitted)
         self.trials.forget()
 
 
-def _fit(model: Measured, state: State, batches: list[Batch], draws: int, ridge: float, seed: int
-         ) -> tuple[Fitted, int]:
-    """Routers for what rows matter with a state in place, and how many rows were seen."""
-    fits = measure(model, state, batches, draws=draws, seed=seed)
-    return {path: fit.solve(ridge) for path, fit in fits.items()}, next(iter(fits.values())).rows
-
-
-def _blocks(state: State, fitted: Fitted) -> dict[str, dict[str, Any]]:
+def describe_blocks(state: State, fitted: Fitted) -> dict[str, dict[str, Any]]:
     """What is told of each block."""
     return {path: {"ratio": str(ratio), "r2": fitted[path][2]} for path, ratio in state.items()}
 
@@ -349,7 +231,7 @@ def _converted(graph: GraphModel, config: MoDConfig, way: _Way) -> MoDModel:
         "blocks": tuple(routed), "capacity_ratio": tuple(map(float, routed.values())),
         "dropped": tuple(path for path, ratio in state.items() if ratio == DROPPED),
         "attend_to": way.trials.attend_to}))
-    _load(mod, {path: way.fitted[path] for path in routed})
+    load_fitted(mod, {path: way.fitted[path] for path in routed})
     return mod
 
 
@@ -363,53 +245,9 @@ def pruning_order(model: nn.Module, batches: Sequence[Any], budget: float, *, bl
     order. Arguments and errors are those of ``calibrate_each``.
     """
     config = MoDConfig(blocks=blocks if isinstance(blocks, str) else tuple(blocks), padding_mask=padding_mask)
-    graph, bound = _prepare(model, batches, config)
-    (trials,), _ = _trials(graph, config, "chosen", bound, trial_batches, objective)
+    graph, bound = prepare(model, batches, config)
+    (trials,), _ = trials_of(graph, config, "chosen", bound, trial_batches, objective)
     search = Search(trials, [DROPPED], say)
     search.lower(budget)
     dropped = [move.path for move in search.moves]
     return [*dropped, *(path for path in trials.paths if path not in dropped)]
-
-
-def _prepare(model: nn.Module, batches: Sequence[Any], config: MoDConfig) -> tuple[GraphModel, list[Batch]]:
-    """The model's graph, and the batches as its inputs, of which it takes the first."""
-    if not isinstance(batches, Sequence) or not batches:
-        raise UsageError("calibration goes through its batches many times", where="batches",
-                         expected="a list of calls: dicts of inputs by name, or tensors",
-                         found="an empty list" if isinstance(batches, Sequence) else type(batches).__name__,
-                         fix="list(batches)")
-    graph = model if isinstance(model, GraphModel) else capture(model, batches[0])
-    bound = bind_batches(graph, batches, config)
-    try:
-        with torch.no_grad():
-            graph.run_graph(bound[0].inputs)
-    except (IndexError, RuntimeError) as error:
-        # Longer than a table of positions, for example.
-        raise UsageError("the model does not take these sizes", expected=graph.interface.summary(), where="batches[0]",
-                         found=f"{', '.join(str(tuple(tensor.shape)) for tensor in bound[0].inputs)}: "
-                         f"{str(error).partition(chr(10))[0]}", fix="give it shorter sequences") from error
-    return graph, bound
-
-
-def _trials(graph: GraphModel, config: MoDConfig, attend_to: str, batches: list[Batch], count: int,
-            objective: ObjectiveKind) -> tuple[list[Trials], dict[str, str]]:
-    """What is tried: a graph for each way to attend. "auto" leaves out one that the blocks cannot be cut for."""
-    picked = [batches[i * len(batches) // min(count, len(batches))] for i in range(min(count, len(batches)))]
-    made, refused = [], {}
-    for way in ("all", "chosen") if attend_to == "auto" else (attend_to,):
-        try:
-            made.append(Trials(graph, MoDConfig(**config.model_dump() | {"attend_to": way}), objective, picked))
-        except UnsupportedGraphError as error:
-            if attend_to != "auto" or way == "chosen":
-                raise
-            refused[way] = str(error)
-    return made, refused
-
-
-def _load(mod: MoDModel, fitted: Fitted) -> None:
-    """Gives routers their fitted weights."""
-    with torch.no_grad():
-        for path, (weight, bias, _) in fitted.items():
-            router = mod.routers[path]
-            router.weight.copy_(weight[None])
-            router.bias.copy_(bias)

@@ -1,6 +1,6 @@
 """A model whose blocks can be routed, dropped and put back in place, to see what each costs and saves."""
 
-__all__ = ["DENSE", "DROPPED", "State", "Trials"]
+__all__ = ["DENSE", "DROPPED", "State", "Trials", "trials_of"]
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -13,7 +13,7 @@ from modcompile.calibration.batches import Batch, sizes_of
 from modcompile.calibration.objective import ObjectiveKind, choose_objective
 from modcompile.config import MoDConfig, capacity
 from modcompile.convert import convert
-from modcompile.errors import UsageError
+from modcompile.errors import UnsupportedGraphError, UsageError
 from modcompile.flops import flops_by_module
 from modcompile.model import GraphModel
 from modcompile.ops import route
@@ -166,3 +166,18 @@ class _Trial(torch.fx.Interpreter):
         if node in self.dropped:
             return self.env[node.args[0]]
         return None if node.op == "call_module" and node.target in self.unused else super().run_node(node)
+
+
+def trials_of(graph: GraphModel, config: MoDConfig, attend_to: str, batches: list[Batch], count: int,
+            objective: ObjectiveKind) -> tuple[list[Trials], dict[str, str]]:
+    """What is tried: a graph for each way to attend. "auto" leaves out one that the blocks cannot be cut for."""
+    picked = [batches[i * len(batches) // min(count, len(batches))] for i in range(min(count, len(batches)))]
+    made, refused = [], {}
+    for way in ("all", "chosen") if attend_to == "auto" else (attend_to,):
+        try:
+            made.append(Trials(graph, MoDConfig(**config.model_dump() | {"attend_to": way}), objective, picked))
+        except UnsupportedGraphError as error:
+            if attend_to != "auto" or way == "chosen":
+                raise
+            refused[way] = str(error)
+    return made, refused
