@@ -42,15 +42,15 @@ AHEAD = """By how much *calibrated* is ahead of *pruned*, both trained:
 DECIDED = """The calibrated models trained, where each row decides for itself by a threshold. Of a text unlike the one
 that thresholds were taken from more rows may enter, or fewer; what this takes follows the loss, where it was counted:
 """
-STRUCTURE = """For the lowest budget `--budgets {budget}` and a structure in which fourteen of thirty blocks are out,
-and those are routed whose routers explain much of which rows matter, or that lose few rows:
+STRUCTURE = """For the lowest budget `--budgets {budget}` and a structure in which {out} blocks are out, and those are
+routed whose routers explain much of which rows matter, or that lose few rows:
 `--structure {structure}`.
 """
 TRIED = """What else was tried: {lr:g} is a better rate than 0.0003, for pruned and routed models alike, though not on
 *newsgroups* near the dense model's FLOPs. To fit routers again is mostly better than to leave them as they were made
-(`--refit` without a share), by up to 0.011 nats, and on one text at one budget worse by as much; either is better than
-to train them through the straight-through gate. At the lowest budget and the lower rate the search's own choice was
-behind the pruned model, and so was what was tried for it: other ratios, annealing, a smaller dense model that is
+(`--refit` without a share), by little, and on some texts worse; at the lower rate, to leave them is better than to
+train them through the straight-through gate. At the lowest budget and that rate the search's own choice was behind the
+pruned model on most texts, and so was what was tried for it: other ratios, annealing, a smaller dense model that is
 trained first (`--smaller`), three times the steps. Losses when trained:
 """
 # What a report's setting is called on the command line, and what it is where it is not given.
@@ -147,7 +147,8 @@ def budgets(report: dict[str, Any], given: dict[str, Any]) -> str:
                  f"    --held-out {held_out} \\\n"
                  f"    --budgets {' '.join(map(str, searched))} --steps {setting['steps']} --seeds {' '.join(seeds)} "
                  "--device cuda --compile"),
-        STRUCTURE.format(budget=lowest, structure=structure)])
+        STRUCTURE.format(budget=lowest, structure=structure,
+                         out=sum(ratio == 0 for _, ratio in given["setting"]["structure"]))])
 
 
 def decision(made: list[dict[str, Any]], text: str) -> str:
@@ -177,7 +178,8 @@ def tried(reports: Sequence[dict[str, Any]]) -> str:
             value if isinstance(value, list) else [value]))]) for key, value in given.items())
         lines += trained(f"`{' '.join(options)}`", report)
     return "\n".join([TRIED.format(**OPTIONS), *head("with", "", "FLOPs", "seeds", *names), *lines, "",
-                      "The command is the first one, with `--seeds 0`, the option, the budget and the model.", ""])
+                      "The command is the first one, with the option, the budget and the model, and `--seeds 0` where "
+                      "there is one.", ""])
 
 
 def tasks(reports: Sequence[dict[str, Any]]) -> str:

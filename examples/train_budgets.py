@@ -118,10 +118,10 @@ def fit_structure(graph: mc.GraphModel, calibration: list[dict[str, torch.Tensor
     """The structure that is given instead of searched for, of at most a share of the FLOPs, its routers fitted."""
     paths = [block.path for block in mc.find_blocks(graph).routable]
     ratios = {paths[i]: ratio for i, ratio in sorted(options.structure)}
-    routed = {path: ratio for path, ratio in ratios.items() if ratio}
+    routed = {path: ratio for path, ratio in ratios.items() if 0 < ratio < 1}
     result = fit_routers(graph, calibration, trial_batches=options.trial_batches, config=mc.MoDConfig(
         blocks=tuple(routed), capacity_ratio=tuple(routed.values()), attend_to=options.attend_to,
-        dropped=tuple(path for path in ratios if path not in routed), gate="straight-through"))
+        dropped=tuple(path for path, ratio in ratios.items() if ratio == 0), gate="straight-through"))
     if result.report["flops"] > share:
         raise SystemExit(f"the structure costs {result.report['flops']:.4f} of the FLOPs, the pruned model "
                          f"{share:.4f}: give it fewer rows")
@@ -130,8 +130,11 @@ def fit_structure(graph: mc.GraphModel, calibration: list[dict[str, torch.Tensor
 
 def block_ratio(text: str) -> tuple[int, float]:
     """Reads "9:5/8": a block's number and what it gets of its rows."""
-    index, _, ratio = text.partition(":")
-    return int(index), float(Fraction(ratio))
+    index, _, given = text.partition(":")
+    ratio = Fraction(given)
+    if not 0 <= ratio <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: a block gets from 0 to 1 of its rows")
+    return int(index), float(ratio)
 
 
 def compare(model: nn.Module, tokenizer: Callable[..., Any], options: argparse.Namespace) -> dict[str, Any]:

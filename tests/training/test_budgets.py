@@ -109,6 +109,13 @@ def test_a_structure_that_is_given(script, made, tmp_path):
     assert {path: block["ratio"] for path, block in found["calibrated"]["blocks"].items()} == {
         "transformer.h.0": "0", "transformer.h.1": "5/8"}  # fmt: skip
     assert len(found["pruned"]) == 1
+    # A block that gets all its rows is not routed.
+    given.structure, given.folder = [script.block_ratio("1:1"), script.block_ratio("0:0")], tmp_path / "whole"
+    given.folder.mkdir()
+    script.prepare(graph, count_flops(graph, sizes), calibration, sizes, given)
+    assert not mc.load(tmp_path / "whole" / "calibrated-0.8").routers
+    with pytest.raises(argparse.ArgumentTypeError, match="from 0 to 1"):
+        script.block_ratio("1:9/8")
     given.structure, given.folder = [(1, 0.9)], tmp_path / "dear"
     given.folder.mkdir()
     with pytest.raises(SystemExit, match="the structure costs"):
