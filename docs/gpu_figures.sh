@@ -38,14 +38,14 @@ ENGINES=(
 )
 
 bench() { # RUNS OUTPUT SPEC...
-  local runs=$1 output=$2 runtime=$3 name=$4 function=$5 input=$6 variants=$7 option
+  local runs=$1 output=$2 runtime=$3 name=$4 function=$5 input=$6 variants=$7 option=()
   shift 7
-  option=$([ "$runtime" = ort ] && echo custom_ops=libmodcompile_ort.so || echo autotune=false)
+  [ "$runtime" = ort ] && option=(--option custom_ops=libmodcompile_ort.so)
   # torch.compile keeps nothing for a second process, so it is not built before it is timed.
   [ "$runs-$runtime-$name" = 50-aoti-gpt8 ] && variants+=,compile
   if [ "$input" = text ]; then input=(--input "$out/text.npz"); else input=(--shape "input_ids=$input"); fi
   modcompile bench "examples.pretrained:$function" --runtime "$runtime" --precision fp16 --device cuda \
-    --gate straight-through "${input[@]}" --option "$option" --variants "$variants" --keep-going --runs "$runs" \
+    --gate straight-through "${input[@]}" "${option[@]}" --variants "$variants" --keep-going --runs "$runs" \
     --engines "$out/engines/$runtime-$name" --title "$*" -o "$output" --profile 12
 }
 

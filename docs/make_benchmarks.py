@@ -41,9 +41,10 @@ in half precision ranks some rows with nearly equal logits otherwise: where rows
 their share stands below the table, and beside it PyTorch's own, on the same graph in the same precision. The
 calibrated SmolLM2 is `calibrated-0.6` of `examples/train_budgets.py --budgets 0.6 --ratios 0.5`. AOTInductor's
 figures of GPT-2 medium's shape have the activation in the product before it on the H200 and not on the H100, which
-was earlier; torch.compile has it apart. They are of engines built with `autotune=false` but for the last, of 8 x 1024
-on the H200: that one is as users build it, and has the same products; its process had a neighbour at work. *Engine
-MB* is the engine on disk, *GPU MB* what the GPU's memory holds for it after a run, weights and what it computes with.
+was earlier; torch.compile has it apart. They are of engines built with `autotune=false`, as is the default, but for
+the last but one, which was timed just after the last: tuning, which times each kernel alone, made the norm of gathered
+rows faster and other norms slower, and engines on the whole no faster. *Engine MB* is the engine on disk, *GPU MB* what
+the GPU's memory holds for it after a run, weights and what it computes with.
 
 This page is written by `docs/make_benchmarks.py` from `docs/benchmarks/*.json`.
 """

@@ -141,7 +141,7 @@ def device_options(runtime: str, device: torch.device) -> dict[str, Any]:
 
     Example:
         >>> device_options("aoti", torch.device("cuda", 0))
-        {'device': 'cuda:0', 'autotune': True}
+        {'device': 'cuda:0'}
     """
     if device.type != "cuda":
         return {}
@@ -150,7 +150,7 @@ def device_options(runtime: str, device: torch.device) -> dict[str, Any]:
         return {"providers": [cuda, "CPUExecutionProvider"], "cuda_graph": True}
     if runtime == "aoti":
         # It records a CUDA graph wherever it can.
-        return {"device": str(device), "autotune": True}
+        return {"device": str(device)}
     return load_options(runtime, {"cuda_graph": True})
 
 

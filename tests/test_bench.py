@@ -335,7 +335,7 @@ def test_options_for_a_gpu():
     assert device_options("ort", first) == {
         "providers": ["CUDAExecutionProvider", "CPUExecutionProvider"], "cuda_graph": True}
     assert device_options("ort", second)["providers"][0] == ("CUDAExecutionProvider", {"device_id": 1})
-    assert device_options("aoti", second) == {"device": "cuda:1", "autotune": True}
+    assert device_options("aoti", second) == {"device": "cuda:1"}
 
 
 def test_every_option_for_a_gpu_is_one_of_the_runtime():
@@ -415,9 +415,8 @@ def test_on_a_gpu(runtime: str, tmp_path: Path):
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
             pytest.skip("no CUDA provider")
     mod = randomise_routers(converted()).to("cuda")
-    options = {} if runtime == "ort" else {"autotune": False}
     report = mc.benchmark(mod, runtime=runtime, shapes=SHAPES, precision="fp16", runs=5, warmup=1, variants=VARIANTS,
-                          options=options, profile=2)
+                          profile=2)
     assert report.failed == {} and len(report.timings) == len(VARIANTS) + 1
     assert report.options.keys() >= device_options(runtime, torch.device("cuda:0")).keys()
     for timing in report.timings.values():

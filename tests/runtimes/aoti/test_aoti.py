@@ -650,8 +650,8 @@ def gpu(tmp_path_factory, request):
     path = (base.parent if hasattr(request.config, "workerinput") else base) / "gpu-engine"
     with FileLock(f"{path}.lock"):
         if not path.exists():
-            build_engine(model, path, runtime="aoti", precision="fp16", shapes={"input_ids": (3, 33)}, device="cuda",
-                         autotune=False).close()
+            build_engine(model, path, runtime="aoti", precision="fp16", shapes={"input_ids": (3, 33)}, device="cuda"
+                         ).close()
     return model, path
 
 
@@ -733,7 +733,7 @@ class TestGpu:
     def test_verify(self, gpu):
         ids = {name: value.numpy() for name, value in ids_of(0, "cpu").items()}
         with load_engine(gpu[1]) as engine:
-            assert mc.verify(gpu[0], engine, ids, options={"autotune": False}).outputs
+            assert mc.verify(gpu[0], engine, ids).outputs
 
     def test_the_route_is_a_kernel(self, gpu):
         wrapper = wrapper_of(gpu[1])
@@ -805,7 +805,7 @@ class TestGpu:
         assert torch.cuda.memory_allocated() <= before
 
     def test_dynamic_sizes(self, gpu, tmp_path):
-        with build_engine(gpu[0], tmp_path / "engine", runtime="aoti", device="cuda", autotune=False) as engine:
+        with build_engine(gpu[0], tmp_path / "engine", runtime="aoti", device="cuda") as engine:
             for batch, rows in ((3, 33), (1, 63), (5, 128)):
                 inputs = family("gpt2-unmasked").inputs(batch, rows, None, seed=5)
                 assert_parity(engine, gpu[0], {name: value.cuda() for name, value in inputs.items()})
@@ -834,7 +834,7 @@ class TestGpu:
         """As of a straight-through gate, without padding and with it."""
         member, model = family(name), of_kind(name, "switch")
         inputs = member.inputs(3, 33, member.paddings[0] if member.paddings else None, seed=5)
-        with build_engine(model, tmp_path / "engine", runtime="aoti", device="cuda", autotune=False,
+        with build_engine(model, tmp_path / "engine", runtime="aoti", device="cuda",
                           shapes={key: tuple(value.shape) for key, value in inputs.items()}) as engine:
             for _ in range(2):
                 assert_parity(engine, model, {key: value.cuda() for key, value in inputs.items()},
@@ -846,7 +846,7 @@ class TestGpu:
         """In half precision a product of cuBLASLt's has them; in float32 the compiler writes them without a tanh."""
         model = of_kind("gpt2-unmasked", "dense")
         with build_engine(model, tmp_path / "engine", runtime="aoti", device="cuda", precision=precision,
-                          shapes=shapes, autotune=False) as engine:
+                          shapes=shapes) as engine:
             assert_parity(engine, model, ids_of(5))
         wrapper = wrapper_of(tmp_path / "engine")
         assert wrapper.count("aoti_torch_cuda__addmm_activation(") == (0 if precision == "fp32" else 4)
