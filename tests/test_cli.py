@@ -410,6 +410,14 @@ def test_bench_hands_over_what_was_asked(call, converted, tmp_path, monkeypatch)
                       "folder": tmp_path, "keep_going": True, "limit_s": 30, "profile": 4}]
 
 
+def test_bench_that_lacks_a_variant_says_so_with_its_exit_code(call, converted, tmp_path):
+    line = ("bench", converted, "--shape", "input_ids=3x17", "--runs", "1", "--variants", "dense,mod,oracle")
+    code, out, _ = call(*line, "--limit-s", "1e-9", "-o", tmp_path / "bench.json")
+    kept = json.loads((tmp_path / "bench.json").read_text())
+    assert (code, "oracle failed: not built" in out, "oracle" in kept["failed"]) == (7, True, True)
+    assert call(*line)[0] == 0
+
+
 def test_bench_shows_examples(call):
     out = call("bench", "--help")[1]
     assert len(re.findall(r"^ *modcompile bench ", out, re.MULTILINE)) == 3

@@ -27,7 +27,7 @@ package.module:function, which is imported and called, and returns (model, examp
 Nothing is ever downloaded.
 
 Exit codes: 0 ok, 1 a defect of this program, 2 usage, 3 unsupported graph, 4 parity failure,
-5 environment or version, 6 integrity.
+5 environment or version, 6 integrity, 7 figures that lack a variant.
 """
 
 

@@ -197,9 +197,9 @@ def bench(
     engines: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Keep the engines there; those of an earlier "
         "call are loaded, not built.")] = None,
     keep_going: Annotated[bool, typer.Option("--keep-going", help="Leave out a variant that cannot be built or is "
-        "wrong, but for the dense and the routed engine.")] = False,
+        "wrong, but for the dense and the routed engine; the exit code then is 7.")] = False,
     limit_s: Annotated[float | None, typer.Option(metavar="SECONDS", help="Build nothing further after so many "
-        "seconds, and time what there is.")] = None,
+        "seconds, and time what there is; what was left out makes the exit code 7.")] = None,
     profile: Annotated[int, typer.Option(min=0, help="List so many of each variant's longest kernels; on a GPU.")] = 0,
     title: Annotated[str | None, typer.Option(help="What the kept figures are called; by default MODEL.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Keep the figures, as JSON.",
@@ -229,6 +229,8 @@ def bench(
         kept = {"title": title or model, "command": settings.command_line, **report.to_dict()}
         write_whole(output, lambda file: file.write(json.dumps(kept, indent=1).encode()))
     emit(as_json, report.to_dict(), report)
+    if report.failed:
+        raise typer.Exit(7)
 
 
 def _read_arrays(texts: list[str] | None) -> dict[str, "np.ndarray"]:
