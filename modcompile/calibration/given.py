@@ -1,6 +1,6 @@
 """Routers for blocks that are given, in closed form: when a model is routed, and again when training has changed it."""
 
-__all__ = ["fit_routers", "refit_routers"]
+__all__ = ["check_routers", "fit_routers", "refit_routers"]
 
 from collections.abc import Sequence
 from typing import Any
@@ -53,7 +53,7 @@ def fit_routers(model: nn.Module, batches: Sequence[Any], config: MoDConfig, *, 
         >>> {path: block["ratio"] for path, block in fit_routers(model, batches, config).report["blocks"].items()}
         {'layers.1': '1/2', 'layers.2': '1/4'}
     """
-    _require_ranking(config)
+    check_routers(config)
     graph, bound = prepare(model, batches, config)
     mod = convert(graph, config=config)
     ratios = dict(zip(mod.routers, config.ratios(list(mod.routers)), strict=True))
@@ -105,7 +105,7 @@ def refit_routers(mod: MoDModel, batches: Sequence[Any], *, objective: Objective
         >>> list(refit_routers(mod, batches)) == list(mod.routers)
         True
     """
-    _require_ranking(mod.config)
+    check_routers(mod.config)
     if sharded := [name for name, parameter in mod.named_parameters() if hasattr(parameter, "full_tensor")]:
         raise UsageError("routers are fitted where the whole model is", where="refit_routers",
                          expected="whole parameters, as in one process or under DistributedDataParallel",
@@ -121,8 +121,12 @@ def refit_routers(mod: MoDModel, batches: Sequence[Any], *, objective: Objective
     return {path: r2 for path, (_, _, r2) in fitted.items()}
 
 
-def _require_ranking(config: MoDConfig) -> None:
-    """Raises UsageError unless importance says what a configuration's routers should give."""
+def check_routers(config: MoDConfig) -> None:
+    """Whether importance says what a configuration's routers should give.
+
+    Raises:
+        UsageError: It does not.
+    """
     if (config.router, config.axis) != ("linear", "token") or config.gate not in ("straight-through", "scale"):
         raise UsageError("routers are fitted to rank the rows of a sequence", where="MoDConfig",
                          expected='router="linear", axis="token", gate="straight-through" or "scale"',

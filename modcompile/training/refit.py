@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from modcompile.calibration import refit_routers
+from modcompile.calibration.given import check_routers
 from modcompile.errors import UsageError
 from modcompile.model import MoDModel
 
@@ -26,7 +27,7 @@ class RouterRefits:
         options: As for ``refit_routers``.
 
     Raises:
-        UsageError: A step below 0. ``update`` raises what ``refit_routers`` does.
+        UsageError: A step below 0, or routers that cannot be fitted. ``update`` raises what ``refit_routers`` does.
 
     Example:
         >>> import torch, modcompile as mc
@@ -39,6 +40,7 @@ class RouterRefits:
     """
 
     def __init__(self, mod: MoDModel, batches: Sequence[Any], steps: Collection[int], **options: Any):
+        check_routers(mod.config)
         if any(step < 0 for step in steps):
             raise UsageError("a step does not fit", expected="steps of at least 0", found=sorted(steps),
                              where="RouterRefits")

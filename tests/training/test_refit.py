@@ -70,6 +70,12 @@ def test_a_step_that_never_comes():
         RouterRefits(made(), [], steps=(-1,))
 
 
+def test_routers_that_cannot_be_fitted_are_refused_before_the_first_step():
+    mod = mc.convert(Stack(Mlp(), Mlp()), (randn(2, 9, WIDTH),), mc.MoDConfig(router="mlp", gate="straight-through"))
+    with pytest.raises(UsageError, match=r"ranks? the rows(.|\n)*router=.mlp"):
+        RouterRefits(mod, [(randn(2, 9, WIDTH),)], steps=(100,))
+
+
 RANKS = '''
 import sys, torch
 sys.path.insert(0, {tests!r})
