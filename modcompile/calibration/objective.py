@@ -28,8 +28,8 @@ class Objective(Protocol):
 
     name: ClassVar[str]
 
-    def reference(self, outputs: Outputs) -> Outputs:
-        """What ``measure`` needs of the dense model's outputs."""
+    def reference(self, outputs: Outputs, batch: Batch) -> Outputs:
+        """What ``measure`` needs of the dense model's outputs for a batch, worked out once."""
 
     def measure(self, outputs: Outputs, batch: Batch, reference: Outputs) -> tuple[Tensor, int]:
         """The loss summed over what it is the mean of, and the number of summands."""
@@ -61,14 +61,17 @@ class Divergence:
     name: ClassVar[str] = "divergence"
     logits: int
 
-    def reference(self, outputs: Outputs) -> Outputs:
-        """The dense model's logits."""
-        return (outputs[self.logits],)
+    def reference(self, outputs: Outputs, batch: Batch) -> Outputs:
+        """The logarithms of what the dense model predicts for the valid rows, [N, V]."""
+        return (self._predicted(outputs, batch),)
 
     def measure(self, outputs: Outputs, batch: Batch, reference: Outputs) -> tuple[Tensor, int]:
         """The sum over valid rows, and their number."""
-        made, dense = (batch.rows(logits).float().log_softmax(-1) for logits in (outputs[self.logits], reference[0]))
-        return F.kl_div(made, dense, reduction="sum", log_target=True), len(made)
+        made = self._predicted(outputs, batch)
+        return F.kl_div(made, reference[0], reduction="sum", log_target=True), len(made)
+
+    def _predicted(self, outputs: Outputs, batch: Batch) -> Tensor:
+        return batch.rows(outputs[self.logits]).float().log_softmax(-1)
 
     def draw(self, outputs: Outputs, batch: Batch, generator: torch.Generator) -> Tensor:
         """Labels from the model's own distribution."""
@@ -87,7 +90,7 @@ class NextToken:
     logits: int
     words: int
 
-    def reference(self, outputs: Outputs) -> Outputs:
+    def reference(self, outputs: Outputs, batch: Batch) -> Outputs:
         """Nothing: the text is the reference."""
         return ()
 
@@ -117,16 +120,15 @@ class OutputChange:
     name: ClassVar[str] = "outputs"
     outputs: tuple[int, ...]
 
-    def reference(self, outputs: Outputs) -> Outputs:
-        """The dense model's outputs."""
-        return tuple(outputs[i] for i in self.outputs)
+    def reference(self, outputs: Outputs, batch: Batch) -> Outputs:
+        """The dense model's outputs, their valid rows."""
+        return tuple(self._rows(outputs[i], batch) for i in self.outputs)
 
     def measure(self, outputs: Outputs, batch: Batch, reference: Outputs) -> tuple[Tensor, int]:
         """The change of one batch."""
-        pairs = [(self._rows(outputs[i], batch), self._rows(dense, batch))
-                 for i, dense in zip(self.outputs, reference, strict=True)]
-        shares = [(made - dense).square().sum() / dense.square().sum().clamp(min=torch.finfo(dense.dtype).tiny)
-                  for made, dense in pairs]
+        shares = [(self._rows(outputs[i], batch) - dense).square().sum()
+                  / dense.square().sum().clamp(min=torch.finfo(dense.dtype).tiny)
+                  for i, dense in zip(self.outputs, reference, strict=True)]
         return torch.stack(shares).mean(), 1
 
     def draw(self, outputs: Outputs, batch: Batch, generator: torch.Generator) -> Tensor:

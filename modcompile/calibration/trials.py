@@ -56,7 +56,8 @@ class Trials:
         self.attend_to, self._batches, self._sizes = config.attend_to, batches, sizes_of(source, batches[0])
         self.objective = choose_objective(self.dense, objective)
         with torch.no_grad():
-            self._references = [self.objective.reference(self.dense.run_graph(batch.inputs)) for batch in batches]
+            self._references = [self.objective.reference(self.dense.run_graph(batch.inputs), batch)
+                                for batch in batches]
         flops = flops_by_module(self.dense, self._sizes)
         self.dense_flops = flops[""]
         self._flops: dict[tuple[str, Fraction], int] = {(path, DROPPED): 0 for path in self.paths}

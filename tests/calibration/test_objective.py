@@ -42,7 +42,8 @@ def test_the_next_token_counts_between_valid_rows():
 def test_the_divergence_counts_valid_rows():
     dense, made = randn(B, S, V), randn(B, S, V, seed=1)
     valid = torch.arange(S) < torch.tensor([[S], [4], [1]])
-    total, count = Divergence(0).measure((made,), Batch([], valid), Divergence(0).reference((dense,)))
+    batch = Batch([], valid)
+    total, count = Divergence(0).measure((made,), batch, Divergence(0).reference((dense,), batch))
     p, q = (logits[valid].double().softmax(-1) for logits in (dense, made))
     assert (float(total), count) == (pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5), S + 4 + 1)
 
@@ -50,7 +51,8 @@ def test_the_divergence_counts_valid_rows():
 def test_the_outputs_change_by_their_valid_rows_alone():
     before, after, pooled = randn(B, S, 4), randn(B, S, 4, seed=1), randn(B, 4, seed=2)
     valid = torch.arange(S) < torch.tensor([[S], [4], [1]])
-    share, count = OutputChange((0, 1)).measure((after, pooled), Batch([], valid), (before, pooled))
+    objective, batch = OutputChange((0, 1)), Batch([], valid)
+    share, count = objective.measure((after, pooled), batch, objective.reference((before, pooled), batch))
     expected = (after - before)[valid].square().sum() / before[valid].square().sum() / 2
     assert (float(share), count) == (pytest.approx(float(expected), rel=1e-5), 1)
 
