@@ -133,6 +133,16 @@ def padding_mask(source: GraphModel, config: MoDConfig) -> str | None:
     return config.padding_mask or DEFAULT_MASK
 
 
+def padded_blocks(mod: MoDModel) -> frozenset[str]:
+    """The routed blocks whose rows are those of the padding mask; in others, such as a decoder's, all rows count."""
+    name = padding_mask(mod, mod.config)
+    if name is None:
+        return frozenset()
+    batch, rows = next(spec.shape for spec in mod.inputs if spec.name == name.removeprefix("~"))
+    return frozenset(block.path for block in mod.routed_blocks
+                     if block.rows == (rows if block.axis == "token" else batch))
+
+
 def _make_room(graph_module: torch.fx.GraphModule, source: GraphModel, blocks: list[RoutedBlock]) -> dict[str, int]:
     """The sizes that shapes are propagated with, once that is done with larger ones where capacities need room."""
     hints = _roomy_hints(source.hints, blocks)

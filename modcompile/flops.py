@@ -70,6 +70,11 @@ class _Counter(torch.fx.Interpreter):
         })
         self.by_module: dict[str, int] = collections.defaultdict(int)
 
+    def fetch_attr(self, target: str) -> Any:
+        # A part of a parameter would ask for a gradient, which torch's counter then looks for in vain.
+        value = super().fetch_attr(target)
+        return value.detach() if isinstance(value, torch.Tensor) else value
+
     def run_node(self, node: torch.fx.Node):
         before = self.flops.get_total_flops()
         value = super().run_node(node)

@@ -25,6 +25,7 @@ from modcompile.config import MoDConfig
 from modcompile.convert import padding_mask
 from modcompile.engine import Engine, build_engine, is_torch, load_options
 from modcompile.errors import ParityError, UsageError
+from modcompile.manifest import RoutedBlock
 from modcompile.model import GraphModel, MoDModel
 from modcompile.ops import route
 from modcompile.passes.routing_outputs import ROLES
@@ -317,7 +318,7 @@ class _Case:
         forced: dict[tuple[str, str], Tensor] = {}
         for block in self.mod.routed_blocks:
             logits, positions, filled = (values[f"routing.{block.path}.{role}"] for role in ROLES[:3])
-            due = route(logits, self._valid_for(block.axis), positions.shape[1])
+            due = route(logits, self._valid_for(block), positions.shape[1])
             if not (torch.equal(positions, due[0]) and torch.equal(filled, due[1])):
                 break
             forced |= {(block.path, "positions"): positions, (block.path, "filled"): filled}
@@ -327,16 +328,15 @@ class _Case:
         assert isinstance(self.mod, MoDModel)
         values = run.values
         specs = {spec.name: spec for spec in run.model.outputs}
-        axes = {block.path: block.axis for block in self.mod.routed_blocks}
+        routed = {block.path: block for block in self.mod.routed_blocks}
         done: list[Comparison] = []
         routing: list[RoutingDifference] = []
         for path in (path for path in block_paths(self.mod) if path not in self.mod.config.dropped):
-            for role in ("logits", "gate", "output") if path in axes else ("output",):
+            for role in ("logits", "gate", "output") if path in routed else ("output",):
                 name = f"routing.{path}.{role}"
                 if name not in specs:
                     continue
-                rows = self._valid_for("sequence") if role == "logits" and axes[path] == "sequence" else \
-                    self._rows(specs[name])
+                rows = self._valid_for(routed[path]) if role == "logits" else self._rows(specs[name])
                 wanted = run.expected[name].cpu()
                 item = _compare(f"{path} {role}", values[name], wanted, self.tolerance, rows)
                 if not item.passed:
@@ -347,17 +347,17 @@ class _Case:
                     if (path, "positions") not in run.forced:
                         raise self._broken_order(path, values)
                     due = run.natural[path, "positions"].cpu()
-                    routing += self._difference(path, axes[path], due, wanted, values, item.max_abs_error)
+                    routing += self._difference(routed[path], due, wanted, values, item.max_abs_error)
         return done, routing
 
-    def _difference(self, path: str, axis: str, due: Tensor, logits: Tensor, values: Mapping[str, Tensor],
+    def _difference(self, block: RoutedBlock, due: Tensor, logits: Tensor, values: Mapping[str, Tensor],
                     logit_error: float) -> list[RoutingDifference]:
         """What the engine chose otherwise than the model would have, on the same history."""
         def taken(positions):
             return torch.zeros_like(logits, dtype=torch.bool).scatter(1, positions, True)
 
-        model, engine = taken(due), taken(values[f"routing.{path}.positions"])
-        valid = self._valid_for(axis)
+        model, engine = taken(due), taken(values[f"routing.{block.path}.positions"])
+        valid = self._valid_for(block)
         # Among rows of padding the order is free.
         swapped = (model != engine) & (valid if valid is not None else True)
         rows = int((swapped & engine).sum())
@@ -367,12 +367,12 @@ class _Case:
         left_out = score.masked_fill(~(swapped & model), -torch.inf).amax(1)
         let_in = score.masked_fill(~(swapped & engine), torch.inf).amin(1)
         margin = (left_out - let_in).nan_to_num(0, 0, 0).max().clamp(min=0)
-        return [RoutingDifference(path, rows, float(margin), logit_error)]
+        return [RoutingDifference(block.path, rows, float(margin), logit_error)]
 
     def _broken_order(self, path: str, values: Mapping[str, Tensor]) -> ParityError:
-        axis = next(block.axis for block in self.mod.routed_blocks if block.path == path)
+        block = next(block for block in self.mod.routed_blocks if block.path == path)
         positions = values[f"routing.{path}.positions"]
-        due, _ = route(values[f"routing.{path}.logits"], self._valid_for(axis), positions.shape[1])
+        due, _ = route(values[f"routing.{path}.logits"], self._valid_for(block), positions.shape[1])
         row = int((due != positions).any(1).nonzero()[0]) if not torch.equal(due, positions) else 0
         return ParityError(
             f"the engine's routing does not follow its own logits, first in block {path}", where=self.engine.folder,
@@ -380,11 +380,11 @@ class _Case:
             found=f"positions {positions[row].tolist()}, filled {values[f'routing.{path}.filled'][row].tolist()}",
             fix="this is a defect of the runtime's TopK or of the lowering of route: please report it")
 
-    def _valid_for(self, axis: str) -> Tensor | None:
+    def _valid_for(self, block: RoutedBlock) -> Tensor | None:
         """What ``route`` may choose, of the shape of its logits."""
-        if self.valid is None or axis == "token":
-            return self.valid
-        return self.valid.any(1)[None]  # [1, B]
+        if self.valid is None or block.axis == "sequence":
+            return None if self.valid is None else self.valid.any(1)[None]  # [1, B]
+        return self.valid if block.rows == self.mask_dims[1] else None
 
     def _rows(self, spec: TensorSpec) -> Tensor | None:
         """Which leading dims of an output are compared: [B, S], [B], or all."""

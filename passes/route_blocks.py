@@ -52,7 +52,8 @@ class RouteBlocks(Pass):
         blocks: Module paths, in the model's order; ``ratios``: K/S of each, as "p/q".
         gate: raw, sigmoid, tanh, straight-through, or scale, a parameter of the router.
         axis: token or sequence.
-        padding_mask: The input that is nonzero at valid tokens, or with a leading "~" at padding; None: all are valid.
+        padding_mask: The input that is nonzero at valid tokens, or with a leading "~" at padding; None: all are valid,
+            and so are those of a block whose rows are not the mask's.
         masked: Case 4, on the token axis.
         seen: What the routers see: "hidden", the block's hidden state, "depth" (case 5), or "attention" (case 6).
     """
@@ -93,7 +94,9 @@ class RouteBlocks(Pass):
         tokens = self.axis == "token"
         dims = side_dims(body)
         with graph.inserting_before(call):
-            valid = self._valid(graph)
+            mask = self._valid(graph)
+            # A mask of other rows, as an encoder's is in a decoder, says nothing of these.
+            valid = mask if mask and shape_exprs(mask.args[0]) == (shape_exprs(hidden) or ())[:2] else None
             if tokens:
                 seen = received_attention(graph_module, call.target, hidden, valid) if self.seen == "attention" else \
                     hidden
@@ -103,9 +106,8 @@ class RouteBlocks(Pass):
                 seen = _mean_row(graph, hidden, valid) if depth is None else depth
                 logits = graph.call_function(aten.unsqueeze.default,
                                              (graph.call_module(router_path(call.target), (seen,)), 0))
-                if valid is not None:
-                    valid = graph.call_function(aten.unsqueeze.default,
-                                                (graph.call_function(aten.any.dim, (valid, 1)), 0))
+                valid = None if mask is None else graph.call_function(
+                    aten.unsqueeze.default, (graph.call_function(aten.any.dim, (mask, 1)), 0))
             count = emit_capacity(graph, hidden, 1 if tokens else 0, ratio)
             routed = graph.call_function(mod.route.default, (logits, valid, count))
             positions, filled = (graph.call_function(operator.getitem, (routed, i)) for i in (0, 1))
@@ -138,7 +140,7 @@ class RouteBlocks(Pass):
             node.meta["role"] = (call.target, role)
 
     def _valid(self, graph: torch.fx.Graph) -> torch.fx.Node | None:
-        """Which rows are valid, bool [B, S]; None: all are."""
+        """What the padding mask says is valid, bool [B, S]; None without one."""
         if self.padding_mask is None:
             return None
         name = graph_name(self.padding_mask.removeprefix("~"))

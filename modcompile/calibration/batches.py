@@ -1,6 +1,6 @@
 """What a model is calibrated on: calls of it, as tensors from Python or as a text file through its tokenizer."""
 
-__all__ = ["Batch", "bind_batches", "prepare", "sizes_of", "text_batches"]
+__all__ = ["Batch", "bind_batches", "check_options", "prepare", "sizes_of", "text_batches"]
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -32,9 +32,9 @@ class Batch:
     inputs: list[Tensor]
     valid: Tensor | None
 
-    def rows(self, values: Tensor) -> Tensor:
-        """The valid rows of values [B, S, ...], in a row: [N, ...]."""
-        return values.flatten(0, 1) if self.valid is None else values[self.valid]
+    def rows(self, values: Tensor, padded: bool = True) -> Tensor:
+        """The valid rows of values [B, S, ...], in a row: [N, ...]. All are, where the padding is not of these rows."""
+        return values[self.valid] if padded and self.valid is not None else values.flatten(0, 1)
 
 
 def bind_batches(graph: GraphModel, calls: Sequence[Any], config: MoDConfig) -> list[Batch]:
@@ -63,6 +63,15 @@ def bind_batches(graph: GraphModel, calls: Sequence[Any], config: MoDConfig) -> 
                                  where=f"batches[{number}], input {graph_name(mask.removeprefix('~'))}")
         made.append(Batch(inputs, valid))
     return made
+
+
+def check_options(where: str, *, draws: int = 1, trial_batches: int = 1, exchanges: int = 0, ridge: float = 1.0
+                  ) -> None:
+    """Raises UsageError unless the numbers that calibration is told are such that it can work with them."""
+    if draws < 1 or not ridge > 0 or trial_batches < 1 or exchanges < 0:
+        raise UsageError("an option is too small", where=where,
+                         expected="draws and trial_batches of at least 1, ridge above 0, exchanges of at least 0",
+                         found=f"draws {draws}, trial_batches {trial_batches}, ridge {ridge}, exchanges {exchanges}")
 
 
 def prepare(model: nn.Module, batches: Sequence[Any], config: MoDConfig) -> tuple[GraphModel, list[Batch]]:
@@ -111,7 +120,7 @@ def text_batches(text: str, tokenizer: Any, inputs: Sequence[str], *, batch: int
         inputs: Names of the model's inputs: input_ids, and of attention_mask and token_type_ids those it takes.
         batch: B, sequences of a call.
         rows: S, tokens of a sequence.
-        sequences: The largest number of sequences to take.
+        sequences: The largest number of sequences to take; where they are fewer than ``batch``, they are one call.
 
     Raises:
         UsageError: Other inputs than these, or too little text for one batch.
@@ -126,12 +135,12 @@ def text_batches(text: str, tokenizer: Any, inputs: Sequence[str], *, batch: int
         raise UsageError("the sequences are too short", expected=f"more than the {rows - inner} special tokens",
                          found=f"{rows} tokens", where="text_batches")
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
-    whole = len(ids) // inner
+    whole, batch = len(ids) // inner, min(batch, sequences)
     if whole < batch:
         raise UsageError("the text is too short", expected=f"{batch * inner} tokens, for one batch of {batch} x {rows}",
                          found=f"{len(ids)} tokens", where="text_batches", fix="more text, or a smaller batch")
     taken = min(sequences, whole) // batch * batch
-    picked = torch.arange(max(taken, batch)) * whole // max(taken, batch)
+    picked = torch.arange(taken) * whole // taken
     parts = ids[:whole * inner].view(whole, inner)[picked]
     made = torch.cat([before.expand(len(parts), -1), parts, after.expand(len(parts), -1)], 1)
     return [{name: part if (value := fill[name]) is None else torch.full_like(part, value) for name in inputs}

@@ -135,11 +135,14 @@ class Search:
         limit = budget * self.trials.dense_flops
         rooms: list[tuple[float, str, int]] = []
         for path, ratio in self.state.items():
-            above = next((each for each in [*self.ratios, DENSE] if each > ratio), None)
-            if above is None:
+            # Of a short sequence two ratios may be the same rows.
+            costs = [(each, cost) for each in [*self.ratios, DENSE] if each > ratio
+                     and (cost := self.trials.flops(self.state | {path: each}) - self.flops) > 0]
+            if not costs:
                 continue
             # One row more costs nearly the same everywhere between two ratios: it is counted for the best block alone.
-            price = (self.trials.flops(self.state | {path: above}) - self.flops) / (above - ratio)
+            above, cost = costs[0]
+            price = cost / (above - ratio)
             steps = min(int((ratio + Fraction(limit - self.flops) / price) / STEP), STEP.denominator - 1)
             if steps * STEP > ratio:
                 rooms.append((self._trial(path, steps * STEP), path, steps))

@@ -7,15 +7,16 @@ from typing import Any
 
 from torch import nn
 
-from modcompile.calibration.batches import prepare
+from modcompile.calibration.batches import check_options, prepare, sizes_of
 from modcompile.calibration.fit import RIDGE, load_fitted
 from modcompile.calibration.measure import Measured, fit_importance
 from modcompile.calibration.objective import ObjectiveKind, choose_objective
 from modcompile.calibration.procedure import CalibrationResult, describe_blocks
 from modcompile.calibration.trials import DENSE, DROPPED, trials_of
 from modcompile.config import MoDConfig
-from modcompile.convert import convert
+from modcompile.convert import convert, padded_blocks, padding_mask
 from modcompile.errors import UsageError
+from modcompile.flops import count_flops
 from modcompile.model import MoDModel
 from modcompile.variants import pruned_model
 
@@ -54,6 +55,7 @@ def fit_routers(model: nn.Module, batches: Sequence[Any], config: MoDConfig, *, 
         {'layers.1': '1/2', 'layers.2': '1/4'}
     """
     check_routers(config)
+    check_options("fit_routers", draws=draws, ridge=ridge, trial_batches=trial_batches)
     graph, bound = prepare(model, batches, config)
     mod = convert(graph, config=config)
     ratios = dict(zip(mod.routers, config.ratios(list(mod.routers)), strict=True))
@@ -65,7 +67,8 @@ def fit_routers(model: nn.Module, batches: Sequence[Any], config: MoDConfig, *, 
         load_fitted(trials.mod, fitted)
         trials.forget()
     load_fitted(mod, {path: fitted[path] for path in ratios})
-    loss, share = trials.loss(state), trials.flops(state) / trials.dense_flops
+    # Of the model itself, for trials know no multiple of capacities.
+    loss, share = trials.loss_of(mod.eval()), count_flops(mod, sizes_of(graph, bound[0])) / trials.dense_flops
     return CalibrationResult(mod, {
         "objective": trials.objective.name, "flops": share, "rows": rows,
         "loss": {"dense": trials.loss(dict.fromkeys(trials.paths, DENSE)), "calibrated": loss},
@@ -106,6 +109,7 @@ def refit_routers(mod: MoDModel, batches: Sequence[Any], *, objective: Objective
         True
     """
     check_routers(mod.config)
+    check_options("refit_routers", draws=draws, ridge=ridge)
     if sharded := [name for name, parameter in mod.named_parameters() if hasattr(parameter, "full_tensor")]:
         raise UsageError("routers are fitted where the whole model is", where="refit_routers",
                          expected="whole parameters, as in one process or under DistributedDataParallel",
@@ -115,7 +119,8 @@ def refit_routers(mod: MoDModel, batches: Sequence[Any], *, objective: Objective
     if not state:
         return {}
     dense, bound = prepare(pruned_model(mod, mod.config.dropped).eval(), batches, mod.config)
-    measured = Measured(dense, mod.routers, choose_objective(dense, objective))
+    chosen = choose_objective(dense, objective, padding_mask(dense, mod.config))
+    measured = Measured(dense, mod.routers, padded_blocks(mod), chosen)
     fitted, _ = fit_importance(measured, state, bound, draws=draws, ridge=ridge, seed=seed)
     load_fitted(mod, fitted)
     return {path: r2 for path, (_, _, r2) in fitted.items()}

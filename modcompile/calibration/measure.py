@@ -3,7 +3,7 @@
 __all__ = ["Measured", "fit_importance", "importance", "measure"]
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from modcompile.calibration.fit import Fitted, RouterFit
 from modcompile.calibration.objective import Objective
 from modcompile.calibration.trials import DENSE, DROPPED, State, Trials
 from modcompile.config import capacity
+from modcompile.convert import padded_blocks
 from modcompile.errors import UsageError
 from modcompile.model import GraphModel
 from modcompile.ops import route
@@ -30,17 +31,19 @@ class Measured:
     Attributes:
         dense: The dense model, its blocks outlined.
         routers: By the block's path, those that choose rows where a state leaves some out.
+        padded: The blocks whose rows are the padding mask's.
         objective: What a change of the outputs costs.
     """
 
     dense: GraphModel
     routers: Mapping[str, Router]
+    padded: Collection[str]
     objective: Objective
 
     @classmethod
     def of(cls, trials: Trials) -> "Measured":
         """What is tried, as it was and with the routers of the trials."""
-        return cls(trials.dense, trials.mod.routers, trials.objective)
+        return cls(trials.dense, trials.mod.routers, padded_blocks(trials.mod), trials.objective)
 
 
 def fit_importance(model: Measured, state: State, batches: Sequence[Batch], *, draws: int, ridge: float, seed: int
@@ -70,7 +73,7 @@ def measure(model: Measured, state: State, batches: Sequence[Batch], *, draws: i
         states, scores = importance(model, state, batch, draws, generator, f"batches[{number}]")
         for path in states:
             fit = fits.setdefault(path, RouterFit(states[path].shape[-1], device))
-            fit.add(states[path], scores[path], batch.valid)
+            fit.add(states[path], scores[path], batch.valid if path in model.padded else None)
     return fits
 
 
@@ -86,7 +89,7 @@ def importance(model: Measured, state: State, batch: Batch, draws: int, generato
     with torch.enable_grad():
         outputs = run.run(*batch.inputs)
         for path, (_, update, _) in run.seen.items():
-            if not batch.rows(update).isfinite().all():
+            if not batch.rows(update, path in model.padded).isfinite().all():
                 raise UsageError("a block's output is not a number", expected="finite rows", found="NaN or infinity",
                                  where=f"{path}, {where}", fix="calibrate in float32, and look at the weights")
         results = [result for _, _, result in run.seen.values()]
@@ -107,7 +110,7 @@ class _Updates(torch.fx.Interpreter):
 
     def __init__(self, model: Measured, state: State, batch: Batch):
         super().__init__(model.dense.graph_module)
-        self.state, self.routers, self.valid = state, model.routers, batch.valid
+        self.state, self.model, self.valid = state, model, batch.valid
         # Of each block: its input, every row's update, and its output with gradients.
         self.seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -130,5 +133,6 @@ class _Updates(torch.fx.Interpreter):
         if self.state[path] == DROPPED:
             return chosen
         with torch.no_grad():
-            logits = self.routers[path](hidden)
-        return chosen.scatter(1, *route(logits, self.valid, capacity(self.state[path], hidden.shape[1])))
+            logits = self.model.routers[path](hidden)
+        valid = self.valid if path in self.model.padded else None
+        return chosen.scatter(1, *route(logits, valid, capacity(self.state[path], hidden.shape[1])))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from modcompile.calibration.batches import Batch, prepare
+from modcompile.calibration.batches import Batch, check_options, prepare
 from modcompile.calibration.choose import Search, check_budget
 from modcompile.calibration.fit import RIDGE, Fitted, load_fitted
 from modcompile.calibration.measure import Measured, fit_importance
@@ -120,10 +120,7 @@ def calibrate_each(model: nn.Module, batches: Sequence[Any], budgets: Sequence[f
     if not asked or not all(0 < ratio < 1 for ratio in asked):
         raise UsageError("a ratio does not fit", expected="numbers in (0, 1)", found=tuple(map(str, ratios)),
                          where="ratios")
-    if draws < 1 or ridge <= 0 or trial_batches < 1 or exchanges < 0:
-        raise UsageError("an option is too small", where="calibrate",
-                         expected="draws and trial_batches of at least 1, ridge above 0, exchanges of at least 0",
-                         found=f"draws {draws}, trial_batches {trial_batches}, ridge {ridge}, exchanges {exchanges}")
+    check_options("calibrate", draws=draws, ridge=ridge, trial_batches=trial_batches, exchanges=exchanges)
     if not budgets or not all(0 < budget < 1 for budget in budgets):
         raise UsageError("the budget does not fit", expected="a share of the dense model's FLOPs, in (0, 1)",
                          found=", ".join(map(str, budgets)), where="budget")
@@ -244,6 +241,7 @@ def pruning_order(model: nn.Module, batches: Sequence[Any], budget: float, *, bl
     those before it, costs the least loss per FLOP; blocks that are not needed for the budget follow in the model's
     order. Arguments and errors are those of ``calibrate_each``.
     """
+    check_options("pruning_order", trial_batches=trial_batches)
     config = MoDConfig(blocks=blocks if isinstance(blocks, str) else tuple(blocks), padding_mask=padding_mask)
     graph, bound = prepare(model, batches, config)
     (trials,), _ = trials_of(graph, config, "chosen", bound, trial_batches, objective)

@@ -264,7 +264,7 @@ class _Measurement:
             routing += self._routing(read, call, trace, routed)
             dense = self.dense.run_graph(call.inputs)
             for name, outputs in (("dense", dense), ("routed", routed), ("pruned", pruned.run_graph(call.inputs))):
-                quality[name].add(outputs[0], dense[0], call.valid, self._losses(outputs, call))
+                quality[name].add(outputs[0], dense[0], self._rows_of(call), self._losses(outputs, call))
         for name, path in ((name, path) for name in flops for path in mod.routers):
             flops[name][path] += flops[name].get(router_path(path), 0)
 
@@ -286,6 +286,11 @@ class _Measurement:
             by_position=self._by_position(routing, taken), by_entropy=self._by_entropy(routing, taken),
             agreement=tuple(_agreement(path, i, routing) for i, path in enumerate(mod.routers)),
             variants=variants, pruned=tuple(dropped), no_loss=self.no_loss)
+
+    def _rows_of(self, call: _Call) -> torch.Tensor | None:
+        """The valid rows of the first output, bool [B, S]; None if it has others than the words' rows."""
+        words = next(spec.shape for spec in self.mod.inputs if spec.name == self.words)
+        return call.valid if self.mod.outputs[0].shape[:2] == words else None
 
     def _call(self, passages: Sequence[Passage], pad: int) -> _Call:
         longest = max(len(passage.ids) for passage in self.passages)
@@ -354,7 +359,7 @@ class _Measurement:
             known = {node: whole.env[node] for node in nodes[:place]} | {nodes[place]: whole.env[nodes[place].args[0]]}
             outputs = torch.fx.Interpreter(self.dense.graph_module).run(*call.inputs, initial_env=known)
             quality = _Quality()
-            quality.add(outputs[0], dense[0], call.valid, self._losses(outputs, call))
+            quality.add(outputs[0], dense[0], self._rows_of(call), self._losses(outputs, call))
             scores[path] = quality.deviation if quality.loss is None else quality.loss
         return sorted(scores, key=scores.__getitem__)
 
@@ -418,9 +423,10 @@ class _Quality:
         self.losses: list[np.ndarray] = []
         self.error, self.size = 0.0, 0.0
 
-    def add(self, output: torch.Tensor, dense: torch.Tensor, valid: torch.Tensor, losses: list[np.ndarray]) -> None:
-        """Takes a call in: the model's first output, and the dense model's."""
-        if output.shape[:2] == valid.shape:
+    def add(self, output: torch.Tensor, dense: torch.Tensor, valid: torch.Tensor | None, losses: list[np.ndarray]
+            ) -> None:
+        """Takes a call in: the model's first output, and the dense model's, and which of its rows count."""
+        if valid is not None:
             output, dense = output[valid], dense[valid]
         self.error += float((output.float() - dense.float()).norm()) ** 2
         self.size += float(dense.float().norm()) ** 2

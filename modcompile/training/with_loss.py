@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from modcompile.config import MoDConfig
-from modcompile.convert import padding_mask
+from modcompile.convert import padded_blocks, padding_mask
 from modcompile.errors import UsageError
 from modcompile.model import GraphModel, MoDModel
 from modcompile.trace import RoutingTrace, trace_routing
@@ -60,6 +60,12 @@ class WithLoss(nn.Module):
         self._teacher = [teacher] if teacher is not None else []
         # Found here and not in the forward: what is compiled would end where a configuration is made.
         self._padding = padding_mask(mod, mod.config if isinstance(mod, MoDModel) else MoDConfig())
+        # An encoder's mask says nothing of a decoder's rows.
+        mask = self._padding and self._padding.removeprefix("~")
+        dims = next((spec.shape for spec in mod.inputs if spec.name == mask), None)
+        logits = next((spec for spec in mod.outputs if spec.name == "logits"), mod.outputs[0])
+        self._logits_padded = dims is not None and logits.shape[:2] == dims
+        self._rows_padded = isinstance(mod, MoDModel) and padded_blocks(mod) == mod.routers.keys()
         self.step, self.losses = 0, dict[str, torch.Tensor]()
         self.register_state_dict_post_hook(_drop_aliases)
         self.register_load_state_dict_pre_hook(_add_aliases)
@@ -119,7 +125,8 @@ class WithLoss(nn.Module):
         """The weighted losses that the training alone needs."""
         if not self.training:
             return {}
-        valid, blocks = self._valid(inputs), len(trace)
+        mask, blocks = self._valid(inputs), len(trace)
+        valid = mask if self._rows_padded else None
         losses: dict[str, torch.Tensor] = {}
 
         def add(kind: str, weight: float, values: dict[str, torch.Tensor]) -> None:
@@ -132,7 +139,7 @@ class WithLoss(nn.Module):
         for teacher in self._teacher:
             expected = _logits(teacher(**inputs))
             if self.logits_weight:
-                tokens = valid if logits.dim() == 3 else None
+                tokens = mask if self._logits_padded else None
                 losses["distillation"] = self.logits_weight * logits_loss(logits, expected, tokens, self.temperature)
             if self.hidden_weight:
                 add("hidden", self.hidden_weight, hidden_losses(trace, teacher.hidden, valid))

@@ -98,3 +98,8 @@ def test_padding_is_what_the_configuration_says(padding_mask):
     with pytest.raises(UsageError, match="a batch is padding alone"):
         alone = torch.zeros(2, 3, dtype=torch.long) if padding_mask == "mask" else torch.ones(2, 3, dtype=torch.long)
         bind_batches(graph, [{"hidden": randn(2, 3, WIDTH), "mask": alone}], config)
+
+
+def test_fewer_sequences_than_a_batch_are_one_call():
+    (call,) = text_batches("ab" * 40, letters, ["input_ids"], batch=4, rows=8, sequences=1)
+    assert call["input_ids"].shape == (1, 8)

@@ -382,3 +382,101 @@ def test_options_that_do_not_go_together(folder, tmp_path, capfd, options, messa
     assert call("convert", folder, "-o", tmp_path / "made", *options) == 2
     assert message in capfd.readouterr().err
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4, 5])
+def test_in_short_sequences_two_ratios_are_the_same_rows(rows):
+    result = calibrate(Stack(*(Block() for _ in range(4))), [(randn(3, rows, WIDTH),)], budget=0.7)
+    assert result.report["flops"] <= 0.7
+
+
+def test_the_report_of_given_blocks_is_of_the_model_that_is_returned():
+    x = randn(3, 10, WIDTH)
+    model = Stack(*(Block() for _ in range(4))).eval()
+    result = fit_routers(model, [(x,)], mc.MoDConfig(blocks=(1, 2), capacity_ratio=0.5, gate="scale",
+                                                     capacity_multiple=8))
+    sizes = {"batch": 3, "sequence": 10}
+    assert result.report["flops"] == count_flops(result.mod, sizes) / count_flops(dense_model(result.mod), sizes)
+    with torch.no_grad():
+        dense, made = model(x).double(), result.mod(x).double()
+    assert result.report["loss"]["calibrated"] == pytest.approx(
+        float((made - dense).square().sum() / dense.square().sum()), rel=1e-4)
+
+
+class Pooled(nn.Module):
+    """The mean valid row, [B, D]."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stack = Stack(*(Block() for _ in range(4)))
+
+    def forward(self, hidden, attention_mask):
+        weights = attention_mask[..., None].float()
+        return (self.stack(hidden, attention_mask) * weights).sum(1) / weights.sum(1)
+
+
+def test_an_output_as_wide_as_a_sequence_is_long_is_not_padded():
+    mask = (torch.arange(WIDTH) < torch.tensor([[WIDTH], [3], [5]])).long()
+    batch = {"hidden": randn(3, WIDTH, WIDTH), "attention_mask": mask}
+    model = Pooled().eval()
+    result = calibrate(model, [batch], budget=0.7)
+    with torch.no_grad():
+        dense, made = model(**batch).double(), result.mod(**batch).double()
+    assert result.report["loss"]["calibrated"] == pytest.approx(
+        float((made - dense).square().sum() / dense.square().sum()), rel=1e-4)
+
+
+class Crossed(nn.Module):
+    """An encoder, and a decoder that sees it, with a padding mask of the encoder's rows."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        layers = {"d_model": WIDTH, "nhead": 2, "dim_feedforward": 16, "batch_first": True, "dropout": 0.0}
+        self.encoder = nn.ModuleList(nn.TransformerEncoderLayer(**layers) for _ in range(2))
+        self.decoder = nn.ModuleList(nn.TransformerDecoderLayer(**layers) for _ in range(2))
+
+    def forward(self, source, attention_mask, target):
+        padding = attention_mask == 0
+        for layer in self.encoder:
+            source = layer(source, src_key_padding_mask=padding)
+        for layer in self.decoder:
+            target = layer(target, source, memory_key_padding_mask=padding)
+        return target
+
+
+def test_an_encoders_mask_is_not_a_decoders():
+    def call(rows):
+        mask = (torch.arange(7) < torch.tensor([[7], [4]])).long()
+        return {"source": randn(2, 7, WIDTH), "attention_mask": mask, "target": randn(2, rows, WIDTH, seed=1)}
+
+    model = Crossed().eval()
+    mod = mc.convert(model, call(5), mc.MoDConfig(blocks="decoder.*", capacity_ratio=1.0, gate="straight-through"))
+    for rows in (5, 7):
+        assert torch.allclose(mod(**call(rows)), model(**call(rows)), atol=1e-5)
+    half = mc.convert(model, call(5), mc.MoDConfig(blocks="all", capacity_ratio=0.5, gate="straight-through"))
+    with mc.trace_routing(half) as trace:
+        half(**call(7))
+    taken = {path: block.taken() for path, block in trace.items()}
+    assert all(taken[f"decoder.{i}"].sum(1).tolist() == [4, 4] for i in range(2))
+    assert not any(taken[f"encoder.{i}"][1, 4:].any() for i in range(2))
+    result = calibrate(model, [call(5)], budget=0.8)
+    with torch.no_grad():
+        dense, made = model(**call(5)).double(), result.mod(**call(5)).double()
+    assert result.report["loss"]["calibrated"] == pytest.approx(
+        float((made - dense).square().sum() / dense.square().sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize(("call", "options"), [
+    (fit_routers, {"draws": 0}), (fit_routers, {"trial_batches": 0}), (fit_routers, {"ridge": -1.0}),
+    (pruning_order, {"trial_batches": 0}), (calibrate, {"exchanges": -1})])
+def test_numbers_that_do_not_fit(call, options):
+    given = mc.MoDConfig(blocks=(1,), gate="straight-through") if call is fit_routers else 0.8
+    with pytest.raises(UsageError, match="an option is too small"):
+        call(Stack(Block(), Block()), [(randn(2, 9, WIDTH),)], given, **options)
+
+
+def test_an_objective_that_there_is_not():
+    with pytest.raises(UsageError, match=r"no such objective(.|\n)*next_token"):
+        calibrate(Stack(Block(), Block()), [(randn(2, 9, WIDTH),)], 0.8, objective="next_token")

@@ -51,7 +51,7 @@ def test_the_divergence_counts_valid_rows():
 def test_the_outputs_change_by_their_valid_rows_alone():
     before, after, pooled = randn(B, S, 4), randn(B, S, 4, seed=1), randn(B, 4, seed=2)
     valid = torch.arange(S) < torch.tensor([[S], [4], [1]])
-    objective, batch = OutputChange((0, 1)), Batch([], valid)
+    objective, batch = OutputChange((0, 1), (True, False)), Batch([], valid)
     share, count = objective.measure((after, pooled), batch, objective.reference((before, pooled), batch))
     expected = (after - before)[valid].square().sum() / before[valid].square().sum() / 2
     assert (float(share), count) == (pytest.approx(float(expected), rel=1e-5), 1)
@@ -74,7 +74,7 @@ def test_drawn_directions_give_the_squared_change():
     output, change = randn(1, 5, 4).requires_grad_(), 0.1 * randn(1, 5, 4, seed=1)
     generator, squares = torch.Generator().manual_seed(0), 0
     for _ in range(2000):
-        (grad,) = torch.autograd.grad(OutputChange((0,)).draw((output,), Batch([], None), generator), output)
+        (grad,) = torch.autograd.grad(OutputChange((0,), (False,)).draw((output,), Batch([], None), generator), output)
         squares += float((grad * change).sum() ** 2) / 2000
     assert squares == pytest.approx(float(change.square().sum() / output.detach().square().sum()), rel=0.2)
 
@@ -82,14 +82,14 @@ def test_drawn_directions_give_the_squared_change():
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_divergence_is_for_models_that_predict_words(causal):
     graph = capture(Words(causal), {"ids": words()})
-    assert choose_objective(graph, "auto") == choose_objective(graph, "divergence") == Divergence(0)
-    assert choose_objective(graph, "next-token") == NextToken(0, 0)
-    assert choose_objective(graph, "outputs") == OutputChange((0,))
+    assert choose_objective(graph, "auto") == choose_objective(graph, "divergence") == Divergence(0, False)
+    assert choose_objective(graph, "next-token") == NextToken(0, 0, False)
+    assert choose_objective(graph, "outputs") == OutputChange((0,), (False,))
 
 
 def test_logits_of_another_vocabulary_predict_no_words():
     graph = capture(Words(kept=5), {"ids": words()})
-    assert choose_objective(graph, "auto") == OutputChange((0,))
+    assert choose_objective(graph, "auto") == OutputChange((0,), (False,))
     for kind in ("divergence", "next-token"):
         with pytest.raises(UsageError, match="the model predicts no words"):
             choose_objective(graph, kind)
