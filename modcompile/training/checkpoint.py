@@ -18,7 +18,7 @@ from modcompile.errors import IntegrityError, UsageError
 from modcompile.files import new_folder
 
 _STATE = "state.pt"
-_NAME = re.compile(r"step-\d{8}")
+_NAME = re.compile(r"step-(\d{8,})")
 
 
 class Stateful(Protocol):
@@ -37,8 +37,12 @@ def save_checkpoint(folder: str | os.PathLike, step: int, *, keep: int = 2, **ob
     Args:
         folder: Of the run's checkpoints.
         step: How many steps were taken.
-        keep: How many checkpoints stay.
+        keep: How many checkpoints stay, at least 1.
         objects: What has a state, by name.
+
+    Raises:
+        UsageError: The folder has checkpoints of later steps, which are another run's; a state that could be written
+            and not read back; or a number that does not fit.
 
     Example:
         >>> import tempfile
@@ -46,12 +50,27 @@ def save_checkpoint(folder: str | os.PathLike, step: int, *, keep: int = 2, **ob
         >>> save_checkpoint(folder, 10, model=layer).name, load_checkpoint(folder, model=layer)
         ('step-00000010', 10)
     """
+    if step < 0 or keep < 1:
+        raise UsageError("a checkpoint cannot be kept", expected="step of at least 0, keep of at least 1",
+                         found=f"step {step}, keep {keep}", where="save_checkpoint")
     target = Path(folder) / f"step-{step:08d}"
+    if (latest := latest_checkpoint(folder)) and _step(latest) > step:
+        raise UsageError("the folder has checkpoints of later steps", expected=f"none after step {step}",
+                         found=latest.name, where=folder,
+                         fix="load_checkpoint, to go on with that run; or name another folder")
     with new_folder(target, marker=_STATE, overwrite=True) as staging:
         torch.save({"step": step, "objects": {name: value.state_dict() for name, value in objects.items()},
                     "random": torch.get_rng_state(),
                     "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []},
                    staging / _STATE)
+        try:
+            # Tensors stay where they are: this reads what they hang on.
+            torch.load(staging / _STATE, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:
+            raise UsageError("a state could not be read back", where="save_checkpoint",
+                             expected="tensors, numbers, strings, and lists and dicts of them",
+                             found=str(error).partition("\n")[0], fix="make numbers of NumPy's scalars: float(lr)"
+                             ) from error
     for old in _checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return target
@@ -98,4 +117,8 @@ def load_checkpoint(folder: str | os.PathLike, **objects: Stateful) -> int:
 
 def _checkpoints(folder: str | os.PathLike) -> list[Path]:
     found = Path(folder)
-    return sorted(path for path in found.iterdir() if _NAME.fullmatch(path.name)) if found.is_dir() else []
+    return sorted((path for path in found.iterdir() if _NAME.fullmatch(path.name)), key=_step) if found.is_dir() else []
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))

@@ -31,7 +31,8 @@ def causal_model(mod: MoDModel, by: Predictors | QuantileThresholds | None = Non
             where too many want to: that looks ahead again, by as much as is dropped.
 
     Raises:
-        UsageError: A model that routes sequences; thresholds that were never updated.
+        UsageError: A model that routes sequences, or by the attention that rows receive, which later rows give;
+            thresholds that were never updated.
         UnsupportedGraphError: A block whose empty slots cannot be hidden, with the reason.
 
     Example:
@@ -46,6 +47,10 @@ def causal_model(mod: MoDModel, by: Predictors | QuantileThresholds | None = Non
     if mod.config.axis != "token":
         raise UsageError("sequences do not decide row by row", expected='axis="token"', where="causal_model",
                          found=f'axis="{mod.config.axis}"')
+    if mod.config.router == "attention":
+        raise UsageError("what attention a row receives is known when all later rows are there", where="causal_model",
+                         expected='a router that sees the hidden state, router="linear" or "mlp"',
+                         found='router="attention"')
     paths = tuple(mod.routers)
     thresholds = [0.0] * len(paths)
     if isinstance(by, QuantileThresholds):

@@ -13,12 +13,16 @@ from modcompile.model import MoDModel
 from modcompile.trace import RoutingTrace
 from modcompile.training.losses import logits_of
 
+# Where all rows were taken: below every logit that is a number.
+NO_THRESHOLD = torch.finfo(torch.float32).min
+
 
 class QuantileThresholds(nn.Module):
     """An exponential moving average, for each routed block, of the quantile 1 - K/S of its valid rows' logits.
 
     Attributes:
-        values: The thresholds, float32 [blocks], NaN before the first update; part of the state dict.
+        values: The thresholds, float32 [blocks], NaN before the first update, and ``NO_THRESHOLD`` where all rows were
+            taken; part of the state dict.
 
     Args:
         mod: The routed model.
@@ -51,9 +55,11 @@ class QuantileThresholds(nn.Module):
                 logits, taken = logits[valid.bool()], taken[valid.bool()]
             # Halfway between two logits of the whole batch: so that as many are above as were taken.
             ordered, last = logits.flatten().sort(descending=True).values, int(taken.sum())
-            border = ordered[max(last - 1, 0):last + 1].mean()
+            border = ordered[max(last - 1, 0):last + 1].mean() if last < len(ordered) else \
+                ordered.new_tensor(NO_THRESHOLD)
             old = self.values[i]
-            self.values[i] = torch.where(old.isnan(), border, self.decay * old + (1 - self.decay) * border)
+            known = (old > NO_THRESHOLD) & (border > NO_THRESHOLD)
+            self.values[i] = torch.where(known, self.decay * old + (1 - self.decay) * border, border)
 
     def decide(self, trace: RoutingTrace) -> dict[str, torch.Tensor]:
         """Which rows of a traced call are above their block's threshold, bool [B, S] by block."""

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import numpy
 import pytest
 import torch
 from tiny import Mlp, Stack, randn, randomise_routers
@@ -122,3 +123,23 @@ def test_the_trainers_checkpoints_that_are_whole(tmp_path):
         if text is not None:
             (folder / "trainer_state.json").write_text(text)
     assert complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_a_run_does_not_write_among_a_later_ones_checkpoints(tmp_path):
+    layer = torch.nn.Linear(2, 2)
+    for step in (1000, 1010, 123456789):
+        save_checkpoint(tmp_path, step, model=layer)
+    assert load_checkpoint(tmp_path, model=layer) == 123456789
+    with pytest.raises(UsageError, match=r"checkpoints of later steps(.|\n)*step-123456789"):
+        save_checkpoint(tmp_path, 10, model=layer)
+    assert len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(UsageError, match="keep of at least 1"):
+        save_checkpoint(tmp_path, 123456790, keep=0, model=layer)
+
+
+def test_what_could_not_be_read_back_is_not_written(tmp_path):
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=numpy.float64(0.1))
+    with pytest.raises(UsageError, match="a state could not be read back"):
+        save_checkpoint(tmp_path, 1, model=layer, optimizer=optimizer)
+    assert latest_checkpoint(tmp_path) is None and list(tmp_path.iterdir()) == []

@@ -156,3 +156,27 @@ def test_it_is_where_the_model_is(attend_to):
     _, mod = converted(attend_to)
     causal = causal_model(mod.to("meta"))
     assert "device(type='cpu')" not in causal.format() and causal(X.to("meta")).is_meta
+
+
+def test_attention_that_rows_receive_looks_ahead():
+    mod = convert(Stack(*(Block(causal=True) for _ in range(3))), EXAMPLE,
+                  MoDConfig(blocks=(1,), router="attention", gate="straight-through"))
+    with pytest.raises(UsageError, match=r"known when all later rows are there(.|\n)*router=.attention"):
+        causal_model(mod)
+
+
+def test_a_threshold_takes_all_rows_where_top_k_does():
+    _, mod = converted("chosen", capacity_ratio=1.0)
+    thresholds = QuantileThresholds(mod, decay=0.5)
+    for _ in range(2):
+        with trace_routing(mod) as trace:
+            mod(X)
+        thresholds.update(trace)
+    assert all(taken.all() for taken in thresholds.decide(trace).values())
+    assert deviation(causal_model(mod, thresholds)(X), mod(X)) < TOLERANCES["eager"][torch.float32]
+    # The average begins anew at lower capacities.
+    lower = mod.with_capacity(0.5)
+    with trace_routing(lower) as trace:
+        lower(X)
+    thresholds.update(trace)
+    assert all(abs(taken.float().mean() - 0.5) < 0.02 for taken in thresholds.decide(trace).values())
