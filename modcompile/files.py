@@ -4,7 +4,8 @@ A folder is built under a hidden name beside its target, flushed to the disk and
 symbolic links, anything that is not a regular file, and paths that could leave the folder.
 """
 
-__all__ = ["check_relative_path", "hash_file", "list_files", "new_folder", "read_file", "write_whole"]
+__all__ = ["check_new_folder", "check_relative_path", "hash_file", "list_files", "new_folder", "read_file",
+           "write_whole"]
 
 import contextlib
 import errno
@@ -65,6 +66,11 @@ def new_folder(path: str | os.PathLike, *, marker: str, overwrite: bool = False)
             for parent in reversed(made):
                 parent.rmdir()
         raise
+
+
+def check_new_folder(path: str | os.PathLike, *, marker: str, overwrite: bool = False) -> None:
+    """Raises what ``new_folder`` would of what is there now: before hours of work whose result goes there."""
+    _check_target(Path(os.path.realpath(path)), marker, overwrite)
 
 
 def check_relative_path(path: str) -> str:
@@ -195,7 +201,7 @@ def _check_target(target: Path, marker: str, overwrite: bool) -> None:
     if entries and not overwrite:
         raise UsageError("the output folder exists and is not empty", expected="a new or an empty folder",
                          found=f"{len(entries)} entries", where=target,
-                         fix="choose another folder, or pass overwrite=True")
+                         fix="choose another folder, or replace this one: overwrite=True, --overwrite")
     if entries and marker not in entries:
         raise UsageError("the output folder holds something else, which is not overwritten",
                          expected=f"a folder with {marker}", found=", ".join(map(repr, sorted(entries)[:5])),

@@ -5,6 +5,7 @@ __all__ = ["app", "emit", "engineering", "main", "settings", "shape_text", "size
 import contextlib
 import dataclasses
 import json
+import math
 import shlex
 import sys
 import traceback
@@ -81,11 +82,20 @@ def working(text: str) -> Iterator[Callable[[str], None]]:
 def emit(as_json: bool, data: Any, renderable: RenderableType) -> None:
     """Prints a result on stdout: ``data`` as JSON, or ``renderable`` for people."""
     if as_json:
-        typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False))
         return
     # A pipe has no width to fit lines into, and what is cut there is lost.
     console = Console() if sys.stdout.isatty() else Console(width=10_000)
     console.print(renderable, soft_wrap=isinstance(renderable, Text))
+
+
+def _finite(data: Any) -> Any:
+    """The same with null for what JSON has no number for: NaN and infinities."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def engineering(number: float) -> str:

@@ -89,12 +89,16 @@ def convert(
     leaving out blocks. --shape input_ids=8x512 says how the text is cut. Without it routers know nothing until they are
     trained.
     """
+    from modcompile.files import check_new_folder
+    from modcompile.saving import MODEL_FILE
+
     report = None
+    check_new_folder(output, marker=MODEL_FILE, overwrite=overwrite)
     with working("loading the model") as say:
         if calibrate is None:
             for option, value in (("--budget", budget), ("--tokenizer", tokenizer), ("--sequences", sequences),
                                   ("--device", device), ("--shape", shape)):
-                if value:
+                if value not in (None, []):
                     raise UsageError(f"{option} is for calibration", found=value, where=option,
                                      fix="add --calibrate TEXT, or leave it out")
             mod = _converted(model, opt.config_from(**conversion), say)

@@ -78,12 +78,11 @@ def read_passages(text: str, tokenizer: Any, *, rows: int = 256, count: int = 16
         raise UsageError("the tokenizer does not say which characters a token stands for",
                          expected="a tokenizer with offsets, which tokenizer.json gives", where="tokenizer",
                          found=type(tokenizer).__name__)
-    text = text[:_CHARACTERS_A_TOKEN * rows * count]
     if by_line:
-        lines = [line for line in text.splitlines() if line.strip()][:count]
+        lines = [line[:_CHARACTERS_A_TOKEN * rows] for line in text.splitlines() if line.strip()][:count]
         made = [_passage(line, tokenizer, add_special_tokens=True, truncation=True, max_length=rows) for line in lines]
     else:
-        whole = _passage(text, tokenizer, add_special_tokens=False)
+        whole = _passage(text[:_CHARACTERS_A_TOKEN * rows * count], tokenizer, add_special_tokens=False)
         # A text that is shorter than one passage is one.
         rows = min(rows, len(whole.ids))
         made = [Passage(whole.ids[at:at + rows], whole.pieces[at:at + rows], whole.kinds[at:at + rows])

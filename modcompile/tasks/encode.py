@@ -88,7 +88,10 @@ def _labelled(examples: Sequence[Any], tokenizer: Any, rows: int, labels: Sequen
     if unknown:
         raise UsageError("there is no such class", expected=", ".join(labels), found=", ".join(unknown), where="encode")
     pairs = [example.pair for example in examples]
-    texts = [[example.text for example in examples], *([] if None in pairs else [pairs])]
+    if len(alone := {pair is None for pair in pairs}) > 1:
+        raise UsageError("some texts are pairs and others are not", expected="a second text in all or in none",
+                         found=f"{pairs.count(None)} of {len(pairs)} without", where="encode")
+    texts = [[example.text for example in examples], *([] if alone == {True} else [pairs])]
     return (dict(tokenizer(*texts, truncation=True, max_length=rows)),
             [numbers[example.label] for example in examples], [])
 

@@ -46,5 +46,5 @@ def _question(asked: Any, passage: str, where: str) -> Question:
                              where=f"{where}, character {answer.start}")
     if not answers and not impossible:
         raise UsageError("a question has no answer", expected="answers, or is_impossible", found="neither", where=where)
-    # What an impossible question has are plausible answers, under another name.
-    return Question(text, passage, tuple(dict.fromkeys(answers)))
+    # What an impossible question has are plausible answers, mostly under another name.
+    return Question(text, passage, () if impossible else tuple(dict.fromkeys(answers)))

@@ -99,6 +99,7 @@ def test_answers_are_spans_of_the_passage(tokenizer):
         ([], {}, "there is nothing to encode"),
         ([Labelled("one", "other")], {"labels": ["a", "b"]}, "there is no such class"),
         ([Question("one " * 20, PASSAGE, ())], {}, "a question leaves no room for its passage"),
+        ([Labelled("one", "a", "two"), Labelled("one", "a")], {"labels": ["a"]}, "some texts are pairs"),
     ],
 )
 def test_what_cannot_be_encoded(tokenizer, examples, options, problem):

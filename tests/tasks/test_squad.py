@@ -27,6 +27,8 @@ def test_both_versions(tmp_path):
         Question("When was it built?", PASSAGE, (Answer("1790", 31), Answer("in 1790", 28)))]
     assert read_squad(written(tmp_path, {**BUILT, "is_impossible": False}, UNKNOWN))[1] == Question(
         "Who built it?", PASSAGE, ())
+    # What such a question may have are plausible answers.
+    assert read_squad(written(tmp_path, {**BUILT, "is_impossible": True}))[0].answers == ()
 
 
 @pytest.mark.parametrize(
