@@ -10,6 +10,7 @@ from tiny import (
     check_rewrite,
     nodes_of,
     randn,
+    randomise_routers,
     rewritten,
     run_graph,
     sub_graph_of,
@@ -22,6 +23,7 @@ from modcompile.config import MoDConfig
 from modcompile.convert import convert
 from modcompile.errors import PassContractError, UnsupportedGraphError
 from modcompile.pass_manager import PassManager
+from modcompile.trace import trace_routing
 
 # B batch  R rows  K capacity  H heads  D model dim  d head dim
 
@@ -230,7 +232,7 @@ def test_a_bias_without_a_batch():
 def test_a_value_of_pairs_of_rows():
     def build(call, hidden):
         pairs = call(aten.tanh.default, call(aten.bmm.default, hidden, call(aten.transpose.int, hidden, 1, 2)))
-        own = call(aten.unsqueeze.default, call(aten.diagonal.default, pairs, 0, 1, 2), 2)  # [B, R, 1]
+        own = call(aten.mean.dim, pairs, [2], True)  # [B, R, 1]
         return call(aten.mul.Tensor, causal(call, call(aten.bmm.default, pairs, hidden)), own)
 
     with pytest.raises(UnsupportedGraphError, match="cannot attend to all rows") as caught:
@@ -271,9 +273,44 @@ class MixesRows(nn.Module):
     lambda hidden, weight: hidden.mean(1, keepdim=True),
     lambda hidden, weight: hidden.cumsum(1),
     lambda hidden, weight: functional.conv1d(hidden.transpose(1, 2), weight, padding=1, groups=WIDTH).transpose(1, 2),
-], ids=["mean", "cumsum", "convolution"])
+    lambda hidden, weight: functional.pad(hidden[:, :-1], (0, 0, 1, 0)),
+    lambda hidden, weight: hidden[:, :1],
+    lambda hidden, weight: hidden[:, 0].unsqueeze(1),
+    lambda hidden, weight: hidden @ (hidden.transpose(1, 2) @ hidden),
+    lambda hidden, weight: torch.einsum("bid,bjd,bje->bie", hidden, hidden, hidden),
+    lambda hidden, weight: hidden.sort(1).values,
+    lambda hidden, weight: functional.layer_norm(hidden.transpose(1, 2), hidden.shape[1:2]).transpose(1, 2),
+    lambda hidden, weight: functional.group_norm(hidden.transpose(1, 2), 2).transpose(1, 2),
+    lambda hidden, weight: hidden.roll(1, 1),
+    lambda hidden, weight: hidden / hidden.shape[1],
+    lambda hidden, weight: hidden.logcumsumexp(1),
+    lambda hidden, weight: (hidden.reshape(len(hidden), WIDTH, -1) + weight[:, 0, :1]).reshape(hidden.shape),
+], ids=["mean", "cumsum", "convolution", "shift", "first", "select", "linear attention", "einsum", "sort", "layer norm",
+        "group norm", "roll", "number of rows", "logcumsumexp", "scrambled"])
 def test_rows_that_are_mixed_outside_of_attention_are_refused(mix):
     model = Stack(MixesRows(mix), MixesRows(mix))
     with pytest.raises(UnsupportedGraphError, match="cannot attend to all rows") as caught:
         convert(model, (torch.randn(2, 5, WIDTH),), MoDConfig(attend_to="all", capacity_ratio=0.5))
     assert "no operation but attention" in caught.value.details["expected"]
+
+
+@pytest.mark.parametrize("mix", [
+    lambda hidden, weight: hidden.softmax(-1),
+    lambda hidden, weight: hidden[..., 1:2] * functional.layer_norm(hidden, (WIDTH,)),
+    lambda hidden, weight: torch.cat([hidden[..., 4:], hidden[..., :4]], -1).sort(-1).values,
+    lambda hidden, weight: hidden @ weight[:, 0, :1].expand(-1, WIDTH),
+    lambda hidden, weight: torch.einsum("bid,ed->bie", hidden, weight[:, 0, :1].expand(-1, WIDTH)),
+    lambda hidden, weight: weight[hidden.argmax(-1), 0, :1] * functional.glu(hidden.repeat(1, 1, 2)),
+    lambda hidden, weight: functional.pad(hidden, (1, 0))[..., :-1].topk(1).values,
+    lambda hidden, weight: hidden.masked_fill(hidden > 0, 0.0).chunk(2, -1)[0].norm(dim=-1, keepdim=True),
+    lambda hidden, weight: functional.layer_norm(hidden.reshape(-1, WIDTH // 2), (WIDTH // 2,)).view(hidden.shape),
+], ids=["softmax", "norm", "halves", "product", "einsum", "table", "pad", "chunk", "halves as rows"])
+def test_rows_that_are_apart_are_routed(mix):
+    model, x = Stack(MixesRows(mix), MixesRows(mix)).eval(), torch.randn(3, 9, WIDTH)
+    mod = randomise_routers(convert(model, (x[:2, :5],), MoDConfig(
+        blocks="all", attend_to="all", capacity_ratio=0.5, gate="straight-through")))
+    with torch.no_grad(), trace_routing(mod) as trace:
+        made, hidden = mod(x), x
+        for layer, block in zip(model.layers, trace.values(), strict=True):
+            hidden = torch.where(block.taken()[..., None], layer(hidden), hidden)
+    assert torch.allclose(made, hidden, atol=1e-5)
