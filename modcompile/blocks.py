@@ -25,7 +25,11 @@ __all__ = ["ROWS", "Block", "BlockReport", "BlockView", "Side", "analyse_block",
            "select_blocks"]
 
 # B batch  S rows  D model dim
-SDPA = torch.ops.aten.scaled_dot_product_attention.default
+aten = torch.ops.aten
+SDPA = aten.scaled_dot_product_attention.default
+# Ops that broadcast, of which torch tags some overloads alone, or none.
+UNTAGGED = (aten.where, aten.masked_fill, aten.__and__, aten.__or__, aten.__xor__, aten.rsub, aten.floor_divide,
+            aten.subtract, aten.multiply, aten.divide, aten.true_divide)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,9 +350,17 @@ def _with_sides(path, hidden, result, body, batch, rows) -> BlockView | Skip:
     return BlockView(path, hidden, result, body, sides, batch, rows)
 
 
+def is_pointwise(target: object) -> bool:
+    """Whether an op computes each element of its broadcast operands by itself. torch tags not every overload of one."""
+    return isinstance(target, torch._ops.OpOverload) and (
+        torch.Tag.pointwise in target.tags
+        # With a condition alone it says where that holds.
+        or (target.overloadpacket in UNTAGGED and target is not aten.where.default))
+
+
 def side_rank(arg: torch.fx.Node, user: torch.fx.Node) -> int:
     """The rank at which a consumer reads a side input: its output's where it broadcasts, else the value's own."""
-    broadcasts = isinstance(user.target, torch._ops.OpOverload) and torch.Tag.pointwise in user.target.tags
+    broadcasts = is_pointwise(user.target)
     if user.target is SDPA and len(user.args) > 3 and user.args[3] is arg:
         return len(shape_exprs(user.args[0]) or ())
     if user.target is SDPA and user.kwargs.get("attn_mask") is arg:

@@ -4,6 +4,7 @@
 it came from. No model family is special here: what varies is found from the graph.
 """
 
+import collections
 import contextlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
@@ -59,7 +60,7 @@ def capture(model: nn.Module, example_inputs: dict | tuple | torch.Tensor, *, dy
     if "use_cache" in parameters and "use_cache" not in arguments:
         # A generation cache is state, not a value: a graph without it is what training and prefill scoring run.
         arguments["use_cache"] = False
-    arguments = _distinct_sizes(arguments)
+    arguments = _distinct_sizes(arguments, dynamic)
     modes = [(module, module.training) for module in model.modules()]
     try:
         with uncached(), _named_arguments(model, arguments):
@@ -175,16 +176,19 @@ def _auto(value):
     return {dim: torch.export.Dim.AUTO for dim in range(value.dim())} if isinstance(value, torch.Tensor) else None
 
 
-def _distinct_sizes(arguments: dict) -> dict:
+def _distinct_sizes(arguments: dict, dynamic: bool) -> dict:
     """Repeats a batch of 1, whose size torch.export would fix, or of another dim's size, which it would take for it."""
     tensors = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, torch.Tensor) and leaf.dim()]
     for tensor in tensors:
         if 0 in tensor.shape:
             raise UsageError("an example input is empty", expected="sizes of at least 1", found=tuple(tensor.shape),
                              where="example_inputs")
-    batch = tensors[0].shape[0] if tensors else 1
+    # What most inputs begin with, and of two such the one of more dims: others may be tables of all sequences.
+    rows = [tensor for tensor in tensors if tensor.dim() > 1] or tensors
+    counts = collections.Counter(tensor.shape[0] for tensor in rows)
+    batch = max(rows, key=lambda tensor: (counts[tensor.shape[0]], tensor.dim())).shape[0] if rows else 1
     others = {size for tensor in tensors for size in tensor.shape[1:]}
-    if batch > 1 and batch not in others:
+    if not dynamic or (batch > 1 and batch not in others):
         return arguments
     times = next(n for n in range(2, 99) if batch * n not in others)
 

@@ -52,6 +52,8 @@ class GraphModel(nn.Module):
         self.__dict__["graph_module"] = graph_module
         self.interface, self.hints, self.passes = interface, hints, passes or []
         self.training = False
+        # The structure may be of a model in training.
+        self._switch_dropout(False)
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -144,13 +146,16 @@ class GraphModel(nn.Module):
     def train(self, mode: bool = True):
         """Sets training mode: dropout in the graph is on or off with it."""
         if mode != self.training:
-            for module in [self.graph_module, *self.graph_module.modules()]:
-                if isinstance(module, torch.fx.GraphModule):
-                    _set_dropout(module, mode)
+            self._switch_dropout(mode)
             self._graph_changed()
         super().train(mode)
         self.graph_module.training = mode
         return self
+
+    def _switch_dropout(self, on: bool) -> None:
+        for module in [self.graph_module, *self.graph_module.modules()]:
+            if isinstance(module, torch.fx.GraphModule):
+                _set_dropout(module, on)
 
     def _apply(self, fn, recurse=True):
         """Moves and casts tensors; the devices that the graph itself names and the dtypes of its inputs follow."""
@@ -172,7 +177,10 @@ class GraphModel(nn.Module):
         """Called after changes of the graph, for what is derived from it."""
 
     def _precisions(self) -> set[torch.dtype]:
-        return {parameter.dtype for parameter in self.parameters() if parameter.is_floating_point()}
+        """The dtypes of the parameters, but for those of routers, which stay in float32 beside a half model."""
+        own = {id(parameter) for router in self.routers.values() for parameter in router.parameters()}
+        return {parameter.dtype for parameter in self.parameters()
+                if parameter.is_floating_point() and id(parameter) not in own}
 
     def _graphs(self) -> list[torch.fx.Graph]:
         return [self.program.graph, *self.program.bodies.values()]
@@ -304,7 +312,8 @@ class MoDModel(GraphModel):
 
 
 def _set_dropout(module: torch.fx.GraphModule, training: bool) -> None:
-    nodes = module.graph.find_nodes(op="call_function", target=torch.ops.aten.dropout.default)
+    nodes = [node for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.dropout.default)
+             if node.args[2] != training]
     for node in nodes:
         node.args = (*node.args[:2], training)
     if nodes:

@@ -353,3 +353,24 @@ def test_a_mask_that_meets_folded_heads_is_refused():
 
     report = find_blocks(Masked().eval(), (torch.randn(2, 5, 8),))
     assert not report.routable and "heads and sequences in one dim" in report.blocks[0].reason
+
+
+class Written(nn.Module):
+    """Attention that is written out, its mask a number that takes the place of scores."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, hidden):
+        query, key, value = self.qkv(hidden).chunk(3, -1)
+        seen = torch.ones(hidden.shape[1], hidden.shape[1], dtype=torch.bool).tril()
+        scores = torch.where(seen, query @ key.transpose(1, 2), -1e9)
+        return hidden + self.out(scores.softmax(-1) @ value)
+
+
+@pytest.mark.parametrize("attend_to", ["chosen", "all"])
+def test_a_mask_that_chooses_between_scores_and_a_number(attend_to):
+    model, x = Stack(Written(), Written()).eval(), torch.randn(3, 9, 8)
+    mod = convert(model, (x[:2, :5],), MoDConfig(attend_to=attend_to, capacity_ratio=1.0, gate="straight-through"))
+    assert torch.allclose(mod(x), model(x), atol=1e-6)

@@ -456,3 +456,19 @@ def test_a_size_through_a_float_is_refused_where_sizes_vary():
         capture(Half(), (x,))
     assert "sequence" in caught.value.details["found"]
     assert capture(Half(), (x,), dynamic=False)(x).shape == (2, 5, 4)
+
+
+def test_without_dynamic_sizes_all_are_the_examples():
+    model, example = Flexible(), rows(1, 5, 8)
+    graph = capture(model, {"hidden": example, "more": 2.0}, dynamic=False)
+    assert graph.inputs[0].shape == (1, 5, 8)
+    assert_alike(graph, model, example, more=2.0)
+
+
+def test_a_table_that_comes_first_is_not_the_batch():
+    class Biased(nn.Module):
+        def forward(self, bias, hidden):
+            return hidden + bias.sum(-1)[None, :, None]
+
+    graph = capture(Biased(), (rows(7, 7), rows(3, 7, 8)))
+    assert_alike(graph, Biased(), rows(9, 9), rows(2, 9, 8))

@@ -15,6 +15,7 @@ from modcompile.capture import capture
 from modcompile.config import MoDConfig
 from modcompile.convert import convert
 from modcompile.errors import UsageError
+from modcompile.saving import load
 from modcompile.trace import trace_routing
 from modcompile.variants import dense_model, oracle_model
 
@@ -343,3 +344,26 @@ def test_a_block_of_the_graph_can_be_called():
     x = torch.randn(3, 63, 8)
     with torch.no_grad():
         assert torch.equal(graph.get_submodule("layers.1")(x), Stack(Block(), Block()).layers[1](x))
+
+
+def test_what_is_made_of_a_model_in_training_has_no_dropout_in_evaluation(tmp_path):
+    x = torch.randn(3, 9, 8)
+    mod = convert(Stack(Mlp(dropout=0.5), Mlp(dropout=0.5)), (x,), MoDConfig(capacity_ratio=0.5)).train()
+    mod.save_pretrained(tmp_path / "saved")
+    loaded = load(tmp_path / "saved")
+    assert not loaded.training and torch.equal(loaded(x), loaded(x)) and torch.equal(loaded(x), mod.eval()(x))
+    assert not torch.equal(loaded.train()(x), loaded(x))
+    graph = capture(Stack(Mlp(dropout=0.5), Mlp(dropout=0.5)), (x,)).train()
+    mod = convert(graph, config=MoDConfig(capacity_ratio=0.5))
+    assert mod.training and not torch.equal(mod(x), mod(x))
+    mod.eval()
+    for made in (mod, mod.with_capacity(0.25), dense_model(mod)):
+        assert not made.training and torch.equal(made(x), made(x))
+    mod.set_capacity(0.25)
+    assert torch.equal(mod(x), mod(x))
+
+
+def test_the_inputs_follow_a_half_model_to_float():
+    x = torch.randn(3, 9, 8)
+    mod = convert(Stack(Mlp(), Mlp()).bfloat16(), (x.bfloat16(),)).float()
+    assert mod.inputs[0].dtype == mod.outputs[0].dtype == "float32" and mod(x).dtype == torch.float32
