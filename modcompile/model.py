@@ -159,9 +159,9 @@ class GraphModel(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Moves and casts tensors; the devices that the graph itself names and the dtypes of its inputs follow."""
-        before = self._precisions()
+        before = self.precisions()
         super()._apply(fn, recurse)
-        after = self._precisions()
+        after = self.precisions()
         if len(before) == len(after) == 1 and before != after:
             self.interface = self.interface.cast(*before, *after)
         devices = {tensor.device for tensor in self.tensors().values()}
@@ -176,7 +176,7 @@ class GraphModel(nn.Module):
     def _graph_changed(self) -> None:
         """Called after changes of the graph, for what is derived from it."""
 
-    def _precisions(self) -> set[torch.dtype]:
+    def precisions(self) -> set[torch.dtype]:
         """The dtypes of the parameters, but for those of routers, which stay in float32 beside a half model."""
         own = {id(parameter) for router in self.routers.values() for parameter in router.parameters()}
         return {parameter.dtype for parameter in self.parameters()

@@ -8,11 +8,16 @@ import sys
 import numpy as np
 import pytest
 import torch
+from tiny import WIDTH, Mlp, Stack, randn, randomise_routers
+from torch import nn
 
 import modcompile.engine
+from modcompile.config import MoDConfig
+from modcompile.convert import convert
 from modcompile.engine import Engine, build_engine, load_engine
 from modcompile.errors import RuntimeUnavailableError, UsageError
 from modcompile.manifest import Manifest, TensorSpec, write_manifest
+from modcompile.verify import verify
 
 FIELDS = {
     "runtime": "ort",
@@ -212,3 +217,41 @@ print((end - middle) / (middle - start), *heavy)
     assert all(len(run) == 1 for run in runs)
     # About 0.45: with 0.1 s for pydantic, that is 0.15 s in all.
     assert min(float(run[0]) for run in runs) < 1
+
+
+class States(nn.Module):
+    """Returns its input beside what it makes of it, and one value by two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.stack = Stack(Mlp(), Mlp())
+
+    def forward(self, hidden):
+        states = [hidden]
+        for layer in self.stack.layers:
+            states.append(layer(states[-1]))
+        return {"last": states[-1], "states": states}
+
+
+@pytest.mark.parametrize("options", [{}, {"opset": 17}, {"shapes": {"hidden": (2, 7, WIDTH)}}])
+def test_an_input_that_is_an_output_keeps_its_name(tmp_path, options):
+    x = randn(2, 7, WIDTH)
+    mod = randomise_routers(convert(States().eval(), {"hidden": x}, MoDConfig(capacity_ratio=0.5)))
+    with build_engine(mod, tmp_path / "engine", **options) as engine:
+        assert [spec.name for spec in engine.inputs] == ["hidden"]
+        assert [spec.name for spec in engine.outputs] == ["last", "states.0", "states.1", "states.2"]
+        verify(mod, engine, {"hidden": x})
+
+
+@pytest.mark.parametrize("runtime", ["ort", "aoti"])
+def test_a_half_model_is_taken_as_it_is_or_refused(tmp_path, runtime):
+    x = randn(2, 7, WIDTH)
+    mod = randomise_routers(convert(Stack(Mlp(), Mlp()).half().eval(), (x.half(),), MoDConfig(capacity_ratio=0.5)))
+    with build_engine(mod, tmp_path / "own", runtime=runtime) as engine:
+        assert engine.manifest.precision == "fp16" and engine.outputs[0].dtype == "float16"
+        verify(mod, engine, {"hidden": x.half()})
+    for precision in ("fp32", "bf16"):
+        with pytest.raises(UsageError, match=r"only a model in float32 is cast(.|\n)*float16"):
+            build_engine(mod, tmp_path / precision, runtime=runtime, precision=precision)
+    with pytest.raises(UsageError, match="parameters in float64"):
+        build_engine(convert(Stack(Mlp(), Mlp()).double().eval(), (x.double(),)), tmp_path / "double", runtime=runtime)

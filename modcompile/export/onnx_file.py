@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import onnx
 import onnx_ir as ir
@@ -34,17 +34,37 @@ from modcompile.passes.fuse_attention import FuseAttention
 from modcompile.passes.fuse_gelu import FuseGelu
 from modcompile.passes.fuse_rms_norm import FuseRmsNorm
 from modcompile.passes.simplify_masks import SimplifyMasks
+from modcompile.spec import dtype_name
 
 OPSETS = range(17, 24)
-# The dtype that the float32 graph is cast to.
+# The dtype that a float32 graph is cast to.
 PRECISIONS: dict[str, Literal["float16", "bfloat16"] | None] = {"fp32": None, "fp16": "float16", "bf16": "bfloat16"}
 # protobuf refuses a message of 2 GiB; the graph itself needs room beside the weights.
 _EMBEDDED_LIMIT_BYTES = 2**31 - 2**26
 
 
+def resolve_precision(model: GraphModel, asked: str | None) -> Precision:
+    """The precision that a graph is lowered in: what was asked for, and by default what its parameters are in.
+
+    Raises:
+        UsageError: There is no such precision, or a graph that is not in float32 would have to be cast to it.
+    """
+    if asked not in (None, *PRECISIONS):
+        raise UsageError("this precision is not supported", expected=", ".join(PRECISIONS), found=asked)
+    dtypes = {dtype_name(dtype) for dtype in model.precisions()}
+    # A half model may have a few parameters in float32.
+    own = next((name for name, half in PRECISIONS.items() if dtypes <= {"float32", half}), None)
+    if own is None or (own != "fp32" and asked not in (None, own)):
+        raise UsageError("only a model in float32 is cast", expected="float32 parameters", where="precision",
+                         found=f"precision {asked or 'of its own'}, parameters in {', '.join(sorted(dtypes))}",
+                         fix="load the source in float32, with dtype=torch.float32 or .float(), and convert that: "
+                         "precision= casts from there")
+    return cast(Precision, asked or own)
+
+
 def export_onnx(model: nn.Module, path: str | os.PathLike, *, example_inputs: Any = None, opset: int = 18,
-                inline: bool = False, precision: Precision = "fp32", shapes: Mapping[str, Sequence[int]] | None = None,
-                external_data: bool = False) -> Path:
+                inline: bool = False, precision: Precision | None = None,
+                shapes: Mapping[str, Sequence[int]] | None = None, external_data: bool = False) -> Path:
     """Writes a dense or routed model as one ONNX file that passes the checker.
 
     Every op of this package is one node of domain ``modcompile`` with a model-local function body of standard ops.
@@ -55,7 +75,8 @@ def export_onnx(model: nn.Module, path: str | os.PathLike, *, example_inputs: An
         example_inputs: What the plain module is captured with, see ``modcompile.capture.capture``.
         opset: 17 to 23.
         inline: Flattens the functions, for readers without support for them.
-        precision: ``fp32``, ``fp16`` or ``bf16``, see ``modcompile.passes.cast_precision``.
+        precision: ``fp32``, ``fp16`` or ``bf16``, see ``modcompile.passes.cast_precision``; by default what the model
+            is in. A model that is in half precision itself is taken as it is.
         shapes: Static shapes by input name; every other dim stays as symbolic as the model has it.
         external_data: Puts the weights in ``<path>.data``. Above 2 GB they go there in any case.
 
@@ -69,10 +90,9 @@ def export_onnx(model: nn.Module, path: str | os.PathLike, *, example_inputs: An
     path = Path(path)
     if opset not in OPSETS:
         raise UsageError("this opset is not supported", expected=f"{OPSETS[0]} to {OPSETS[-1]}", found=opset)
-    if precision not in PRECISIONS:
-        raise UsageError("this precision is not supported", expected=", ".join(PRECISIONS), found=precision)
     if not isinstance(model, GraphModel):
         model = _capture(model, example_inputs)
+    precision = resolve_precision(model, precision)
     passes = PassManager(lowering_passes(opset, PRECISIONS[precision]))
     onnx_model = translate(
         lift(passes(flatten(model, shapes))),

@@ -54,9 +54,35 @@ def translate(program: ExportedProgram, *, opset: int, inputs: Sequence[TensorSp
     assert onnx_program is not None
     model = onnx_program.model
     simplify(model)
+    _name_values(model, [*inputs, *outputs])
     _name_nodes(model)
     _name_dims(model, inputs)
     return model
+
+
+def _name_values(model: ir.Model, specs: Sequence[TensorSpec]) -> None:
+    """Names inputs and outputs as they are called: the translator renames an input that is an output as well."""
+    graph, wanted = model.graph, [spec.name for spec in specs]
+    if [value.name for value in (*graph.inputs, *graph.outputs)] == wanted:
+        return
+    known = set(graph.inputs)
+    for place, value in enumerate(graph.outputs):
+        if value in known:
+            # One value cannot have two names.
+            copy = ir.node("Identity", [value])
+            copy.outputs[0].type, copy.outputs[0].shape = value.type, value.shape
+            graph.append(copy)
+            graph.outputs[place] = copy.outputs[0]
+        known.add(value)
+    named = (*graph.inputs, *graph.outputs)
+    for node in graph:
+        for value in node.outputs:
+            if value not in named and value.name in wanted:
+                value.name = f"{value.name}_inner"
+    for number, value in enumerate(named):
+        value.name = f"named_{number}"
+    for value, name in zip(named, wanted, strict=True):
+        value.name = name
 
 
 def _name_nodes(model: ir.Model) -> None:

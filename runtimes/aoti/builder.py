@@ -41,10 +41,10 @@ from torch.fx import GraphModule, Node
 
 from modcompile.capture import capture
 from modcompile.engine import Shapes
-from modcompile.errors import ModcompileError, RuntimeUnavailableError, UnsupportedGraphError, UsageError
+from modcompile.errors import ModcompileError, RuntimeUnavailableError, UnsupportedGraphError
 from modcompile.export.flatten import bind_shapes, flatten
 from modcompile.export.lift import lift
-from modcompile.export.onnx_file import PRECISIONS
+from modcompile.export.onnx_file import PRECISIONS, resolve_precision
 from modcompile.manifest import PassRecord, VersionRange
 from modcompile.model import GraphModel
 from modcompile.ops.route import _reference as sorted_route
@@ -68,7 +68,7 @@ def build(model: nn.Module, folder: Path, *, runtime: str, precision: str | None
         model: A ``GraphModel`` (a ``MoDModel`` is one), or any ``nn.Module`` together with ``example_inputs``.
         folder: The engine folder to be.
         runtime: The runtime's name.
-        precision: "fp32", which is the default, "fp16" or "bf16".
+        precision: "fp32", "fp16" or "bf16"; by default what the model is in.
         shapes: Static shapes by input name; every other dim stays as symbolic as the model has it.
         example_inputs: What the plain module is captured with, see ``modcompile.capture.capture``.
         device: What to compile for: "cpu", "cuda" or "cuda:1". By default where the model is. The model stays there.
@@ -83,10 +83,8 @@ def build(model: nn.Module, folder: Path, *, runtime: str, precision: str | None
         UnsupportedGraphError: AOTInductor does not compile the graph.
         RuntimeUnavailableError: There is no such device, or no compiler.
     """
-    precision = precision or "fp32"
-    if precision not in PRECISIONS:
-        raise UsageError("this precision is not supported", expected=", ".join(PRECISIONS), found=precision)
     graph = model if isinstance(model, GraphModel) else capture(model, example_inputs)
+    precision = resolve_precision(graph, precision)
     home = next((tensor.device for tensor in graph.tensors().values()), torch.device("cpu"))
     place = find_device(str(home) if device is None else device)
     passes = PassManager(lowering_passes(precision, place))

@@ -34,7 +34,7 @@ from modcompile.engine import Shapes
 from modcompile.errors import UnsupportedGraphError, UsageError
 from modcompile.export.flatten import bind_shapes, flatten
 from modcompile.export.lift import lift
-from modcompile.export.onnx_file import PRECISIONS
+from modcompile.export.onnx_file import PRECISIONS, resolve_precision
 from modcompile.manifest import PassRecord
 from modcompile.model import GraphModel
 from modcompile.pass_manager import Pass, PassManager
@@ -49,7 +49,7 @@ def build(model: nn.Module, folder: Path, *, runtime: str, precision: str | None
         model: A ``GraphModel`` (a ``MoDModel`` is one), or any ``nn.Module`` together with ``example_inputs``.
         folder: The engine folder to be.
         runtime: "torch-tensorrt". The manifest names the runtime that runs the engine.
-        precision: "fp32", which is the default, "fp16" or "bf16".
+        precision: "fp32", "fp16" or "bf16"; by default what the model is in.
         shapes: Static shapes by input name. Together they leave no size open.
         example_inputs: What the plain module is captured with, see ``modcompile.capture.capture``.
         tf32: Lets float32 matrix products round their inputs to 10 bits of mantissa.
@@ -65,8 +65,8 @@ def build(model: nn.Module, folder: Path, *, runtime: str, precision: str | None
     torch_tensorrt = import_torch_tensorrt()
     # Torch-TensorRT puts the one that it works with under this name.
     trt = importlib.import_module("tensorrt")
-    precision = precision or "fp32"
     graph = model if isinstance(model, GraphModel) else capture(model, example_inputs)
+    precision = resolve_precision(graph, precision)
     flat, program, passes = lower_model(graph, precision, shapes)
     inputs, outputs = _inputs(flat), _outputs(flat)
     try:
@@ -99,13 +99,13 @@ def build(model: nn.Module, folder: Path, *, runtime: str, precision: str | None
     }
 
 
-def lower_model(model: GraphModel, precision: str = "fp32", shapes: Shapes | None = None,
+def lower_model(model: GraphModel, precision: str | None = None, shapes: Shapes | None = None,
                 ) -> tuple[GraphModule, ExportedProgram, PassManager]:
     """Makes the program that Torch-TensorRT takes. The model stays as it is.
 
     Args:
         model: The model.
-        precision: "fp32", "fp16" or "bf16".
+        precision: "fp32", "fp16" or "bf16"; by default what the model is in.
         shapes: Static shapes by input name. Together they leave no size open.
 
     Returns:
@@ -115,8 +115,7 @@ def lower_model(model: GraphModel, precision: str = "fp32", shapes: Shapes | Non
         UsageError: A precision or shape that cannot be, or a size that is left open.
         UnsupportedGraphError: The graph does not run at these sizes, or TensorRT would not choose that many rows.
     """
-    if precision not in PRECISIONS:
-        raise UsageError("this precision is not supported", expected=", ".join(PRECISIONS), found=precision)
+    precision = resolve_precision(model, precision)
     # A copy that shares the tensors, for evaluation.
     model = copy.deepcopy(model, {id(tensor): tensor for tensor in model.tensors().values()}).eval()
     passes = PassManager(lowering_passes(precision))
