@@ -102,6 +102,10 @@ def benchmark(mod: MoDModel | str | os.PathLike, *, runtime: str = "ort",
     """
     start_s, say = time.perf_counter(), progress or (lambda text: None)
     _check_counts(variants, runs, warmup)
+    if not isinstance(mod, MoDModel | str | os.PathLike):
+        raise UsageError("what is timed is a routed model beside what is made of it", where="benchmark",
+                         expected="a MoDModel, or its folder", found=type(mod).__name__,
+                         fix="convert or calibrate the model first")
     mod = mod if isinstance(mod, MoDModel) else load(mod)
     device = next((tensor.device for tensor in mod.tensors().values()), torch.device("cpu"))
     if profile and device.type != "cuda":

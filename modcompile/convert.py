@@ -53,7 +53,10 @@ def convert(model: nn.Module, example_inputs=None, config: MoDConfig | None = No
         >>> list(mod.routers), mod(torch.randn(3, 7, 8)).shape
         (['layers.1'], torch.Size([3, 7, 8]))
     """
-    config = config or MoDConfig()
+    config = MoDConfig() if config is None else config
+    if not isinstance(config, MoDConfig):
+        raise UsageError("the options of a conversion are a MoDConfig", expected="MoDConfig(...)",
+                         found=type(config).__name__, where="convert, argument config", fix="MoDConfig(**options)")
     source = model if isinstance(model, GraphModel) else capture(model, example_inputs)
     report = find_blocks(source)
     routed = select_blocks(report, config)

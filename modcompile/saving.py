@@ -128,7 +128,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
         content = json.loads(read_file(path, LIMIT_BYTES))
         digest = content.pop("sha256")
         version = content["format"]
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise IntegrityError("the model's description cannot be read", found=str(error), where=path,
                              fix="save the model again") from error
     if isinstance(version, int) and version > FORMAT:
@@ -137,9 +137,9 @@ def _read_description(folder: Path) -> dict[str, Any]:
     if _digest(content) != digest or version != FORMAT:
         raise IntegrityError("the model's description was edited", expected=f"SHA-256 {digest}", found=_digest(content),
                              where=path, fix="save the model again")
-    if set(content["files"]) != {GRAPH_FILE, WEIGHTS_FILE}:
+    if set(content.get("files", ())) != {GRAPH_FILE, WEIGHTS_FILE}:
         raise IntegrityError("the description lists other files", expected=f"{GRAPH_FILE}, {WEIGHTS_FILE}",
-                             found=", ".join(content["files"]), where=path)
+                             found=", ".join(content.get("files", ())), where=path)
     return content
 
 

@@ -167,6 +167,11 @@ def verify(mod: GraphModel, engine: Engine, inputs: Mapping[str, Any], *, per_bl
     if per_block and not isinstance(mod, MoDModel):
         raise UsageError("only a converted model knows its blocks", expected="a MoDModel", found=type(mod).__name__,
                          where="verify(per_block=True)", fix="convert the model, or leave per_block out")
+    if not isinstance(inputs, Mapping) or not all(hasattr(value, "dtype") for value in inputs.values()):
+        raise UsageError("the inputs are not arrays by name", expected="a dict of numpy arrays or torch tensors",
+                         found=f"{type(inputs).__name__}" + (
+                             " of " + ", ".join(sorted({type(value).__name__ for value in inputs.values()}))
+                             if isinstance(inputs, Mapping) else ""), where="verify")
     if {spec.name for spec in engine.inputs} != {spec.name for spec in mod.inputs} or \
             len(engine.outputs) < len(mod.outputs):
         raise UsageError("the engine is not one of this model", expected=_signature(mod), found=_signature(engine),
@@ -442,7 +447,7 @@ def _signature(model: GraphModel | Engine) -> str:
 def _outputs(engine: Engine, inputs: dict[str, Any], specs: Sequence[TensorSpec]) -> dict[str, Any]:
     """The engine's outputs by the model's names, and what it gives beyond them by its own.
 
-    Names differ where ONNX cannot have the model's: an input and an output of one name, or one value returned twice.
+    Names differ where ONNX cannot have the model's: an output of an input's name.
     """
     values = engine.run(inputs)
     names = [spec.name for spec in (*specs, *engine.outputs[len(specs):])]

@@ -12,11 +12,13 @@ from tiny import WIDTH, Mlp, Stack, randn, randomise_routers
 from torch import nn
 
 import modcompile.engine
+from modcompile.bench import benchmark
 from modcompile.config import MoDConfig
 from modcompile.convert import convert
 from modcompile.engine import Engine, build_engine, load_engine
-from modcompile.errors import RuntimeUnavailableError, UsageError
+from modcompile.errors import IntegrityError, RuntimeUnavailableError, UsageError
 from modcompile.manifest import Manifest, TensorSpec, write_manifest
+from modcompile.saving import MODEL_FILE, load
 from modcompile.verify import verify
 
 FIELDS = {
@@ -243,6 +245,18 @@ def test_an_input_that_is_an_output_keeps_its_name(tmp_path, options):
         verify(mod, engine, {"hidden": x})
 
 
+def test_an_output_that_is_called_as_an_input_is(tmp_path):
+    class Same(States):
+        def forward(self, hidden):
+            return {"hidden": super().forward(hidden)["last"]}
+
+    x = randn(2, 7, WIDTH)
+    mod = randomise_routers(convert(Same().eval(), {"hidden": x}, MoDConfig(capacity_ratio=0.5)))
+    with build_engine(mod, tmp_path / "engine") as engine:
+        assert [spec.name for spec in (*engine.inputs, *engine.outputs)] == ["hidden", "hidden_out"]
+        verify(mod, engine, {"hidden": x})
+
+
 @pytest.mark.parametrize("runtime", ["ort", "aoti"])
 def test_a_half_model_is_taken_as_it_is_or_refused(tmp_path, runtime):
     x = randn(2, 7, WIDTH)
@@ -255,3 +269,30 @@ def test_a_half_model_is_taken_as_it_is_or_refused(tmp_path, runtime):
             build_engine(mod, tmp_path / precision, runtime=runtime, precision=precision)
     with pytest.raises(UsageError, match="parameters in float64"):
         build_engine(convert(Stack(Mlp(), Mlp()).double().eval(), (x.double(),)), tmp_path / "double", runtime=runtime)
+
+
+@pytest.mark.parametrize("shapes", [{"hidden": 5}, {"hidden": (2, "a", WIDTH)}, (2, 7, WIDTH)])
+def test_shapes_that_are_none(tmp_path, shapes):
+    mod = convert(Stack(Mlp(), Mlp()), (randn(2, 7, WIDTH),))
+    with pytest.raises(UsageError, match="shapes are sizes by the input's name"):
+        build_engine(mod, tmp_path / "engine", shapes=shapes)
+
+
+def test_other_arguments_than_are_asked_for(tmp_path):
+    mod = convert(Stack(Mlp(), Mlp()), (randn(2, 7, WIDTH),))
+    with build_engine(mod, tmp_path / "engine") as engine:
+        for inputs in ([randn(2, 7, WIDTH)], randn(2, 7, WIDTH), {"hidden": [1.0]}):
+            with pytest.raises(UsageError, match="the inputs are not arrays by name"):
+                verify(mod, engine, inputs)
+    with pytest.raises(UsageError, match="found: dict"):
+        convert(Stack(Mlp(), Mlp()), (randn(2, 7, WIDTH),), {"gate": "raw"})
+    with pytest.raises(UsageError, match="found: Stack"):
+        benchmark(Stack(Mlp(), Mlp()))
+
+
+@pytest.mark.parametrize("content", ["[]", "[" * 100_000, '"text"', "{}"])
+def test_a_description_that_is_none(tmp_path, content):
+    folder = convert(Stack(Mlp(), Mlp()), (randn(2, 7, WIDTH),)).save_pretrained(tmp_path / "saved")
+    (folder / MODEL_FILE).write_text(content)
+    with pytest.raises(IntegrityError, match="the model's description cannot be read"):
+        load(folder)

@@ -60,6 +60,10 @@ def bind_shapes(inputs: Sequence[TensorSpec], shapes: Mapping[str, Sequence[int]
     """Returns the size of every symbol that ``shapes`` makes static."""
     specs = {spec.name: spec for spec in inputs}
     sizes: dict[str, int] = {}
+    if not isinstance(shapes, Mapping) or not all(isinstance(shape, Sequence) and all(
+            isinstance(size, int) for size in shape) for shape in shapes.values()):
+        raise UsageError("shapes are sizes by the input's name", expected="such as {'input_ids': (8, 512)}",
+                         found=shapes, where="shapes")
     for name, shape in shapes.items():
         if name not in specs:
             raise UsageError("a shape is given for an input the model does not have", expected=list(specs), found=name)

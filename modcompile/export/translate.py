@@ -54,15 +54,22 @@ def translate(program: ExportedProgram, *, opset: int, inputs: Sequence[TensorSp
     assert onnx_program is not None
     model = onnx_program.model
     simplify(model)
-    _name_values(model, [*inputs, *outputs])
+    _name_values(model, [spec.name for spec in inputs], [spec.name for spec in outputs])
     _name_nodes(model)
     _name_dims(model, inputs)
     return model
 
 
-def _name_values(model: ir.Model, specs: Sequence[TensorSpec]) -> None:
-    """Names inputs and outputs as they are called: the translator renames an input that is an output as well."""
-    graph, wanted = model.graph, [spec.name for spec in specs]
+def _name_values(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Names inputs and outputs as they are called: the translator renames an input that is an output as well.
+
+    An output that is called as an input is, which ONNX cannot have, has ``_out`` behind its name.
+    """
+    graph, wanted = model.graph, list(inputs)
+    for name in outputs:
+        while name in wanted:
+            name += "_out"
+        wanted.append(name)
     if [value.name for value in (*graph.inputs, *graph.outputs)] == wanted:
         return
     known = set(graph.inputs)
