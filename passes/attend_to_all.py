@@ -121,7 +121,8 @@ class _Split:
         # What is made of the hidden state, sizes apart.
         self.moving = {self.hidden}
         for node in self.graph.nodes:
-            if size_value(node) is None and not self.moving.isdisjoint(node.all_input_nodes):
+            is_size = not isinstance(node.meta.get("val"), torch.Tensor | list | tuple)
+            if not is_size and not self.moving.isdisjoint(node.all_input_nodes):
                 self.moving.add(node)
         self.keys = ancestors([attention.key, attention.value, *self._beside()])
         self.versions: dict[tuple, torch.fx.Node] = {}

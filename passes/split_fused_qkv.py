@@ -70,7 +70,10 @@ class SplitFusedQkv(Pass):
 def _split(graph: torch.fx.Graph, fused: torch.fx.Node, others: set, attention: SelfAttention) -> str | None:
     hidden = graph.find_nodes(op="placeholder")[0]
     batch, rows = (shape_exprs(hidden) or ())[:2]
-    numbers = _feature_numbers(graph, fused, batch, rows)
+    try:
+        numbers = _feature_numbers(graph, fused, batch, rows)
+    except (RuntimeError, AttributeError):
+        return "its views are of a batch whose size is fixed"
     query = ancestors([attention.query])
 
     def narrower(node: torch.fx.Node) -> bool:

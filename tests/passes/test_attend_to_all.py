@@ -19,6 +19,7 @@ from tolerances import TOLERANCES, deviation
 from torch import nn
 from torch.nn import functional
 
+from modcompile.capture import capture
 from modcompile.config import MoDConfig
 from modcompile.convert import convert
 from modcompile.errors import PassContractError, UnsupportedGraphError
@@ -308,6 +309,20 @@ def test_rows_that_are_mixed_outside_of_attention_are_refused(mix):
 def test_rows_that_are_apart_are_routed(mix):
     model, x = Stack(MixesRows(mix), MixesRows(mix)).eval(), torch.randn(3, 9, WIDTH)
     mod = randomise_routers(convert(model, (x[:2, :5],), MoDConfig(
+        blocks="all", attend_to="all", capacity_ratio=0.5, gate="straight-through")))
+    with torch.no_grad(), trace_routing(mod) as trace:
+        made, hidden = mod(x), x
+        for layer, block in zip(model.layers, trace.values(), strict=True):
+            hidden = torch.where(block.taken()[..., None], layer(hidden), hidden)
+    assert torch.allclose(made, hidden, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_graph_of_fixed_sizes(batch):
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x = torch.randn(batch, 9, WIDTH)
+    mod = randomise_routers(convert(capture(model, (x,), dynamic=False), config=MoDConfig(
         blocks="all", attend_to="all", capacity_ratio=0.5, gate="straight-through")))
     with torch.no_grad(), trace_routing(mod) as trace:
         made, hidden = mod(x), x
