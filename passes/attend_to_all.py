@@ -17,6 +17,8 @@ models want it.
 3. Scores have queries along the last dim but one, and keys along the last: what is combined with them (masks, biases)
    is gathered along the first of these alone; a causal flag becomes position >= key position.
 4. A size R becomes K where chosen rows are reshaped; the last size of scores stays.
+5. Outside its attention a block may do only what is known to keep rows apart: shifted, selected or multiplied with each
+   other, the chosen ones would give something else than all of them.
 """
 
 import dataclasses
@@ -43,7 +45,7 @@ aten = torch.ops.aten
 ROW_BY_ROW = frozenset({
     *(op.overloadpacket for op in VIEWS), aten.all, aten.amax, aten.amin, aten.any, aten.detach, aten.embedding,
     aten.full_like, aten.linalg_vector_norm, aten.linear, aten.logsumexp, aten.mean, aten.movedim, aten.mT,
-    aten.native_dropout, aten.norm, aten.ones_like, aten.prelu, aten.prod, aten.repeat, aten.std, aten.sum,
+    aten.native_dropout, aten.norm, aten.ones_like, aten.prelu, aten.prod, aten.stack, aten.std, aten.sum,
     aten.swapaxes, aten.t, aten.to, aten._to_copy, aten.type_as, aten.var, aten.zeros_like})
 # ... those of them that could give rows other elements; ...
 RESHAPES = (aten.flatten, aten.reshape, aten.unflatten, aten.view)
@@ -55,7 +57,7 @@ ALONG = {aten.argmax: (1, None), aten.argmin: (1, None), aten.argsort: (1, -1), 
          aten.index_select: (1, None), aten.log_softmax: (1, None), aten._log_softmax: (1, None), aten.max: (1, None),
          aten.median: (1, None), aten.min: (1, None), aten.narrow: (1, None), aten.select: (1, None),
          aten.slice: (1, 0), aten.softmax: (1, None), aten._softmax: (1, None), aten.sort: (1, -1),
-         aten.split: (2, 0), aten.split_with_sizes: (2, 0), aten.stack: (1, 0), aten.topk: (2, -1),
+         aten.split: (2, 0), aten.split_with_sizes: (2, 0), aten.topk: (2, -1),
          aten.unbind: (1, 0)}
 # ... and of what they normalize.
 NORMS = (aten.layer_norm, aten.native_layer_norm, aten.rms_norm)
@@ -202,6 +204,8 @@ class _Split:
             return node.args[0] not in moving and not self._place(node.args[0])
         if packet in (aten.pad, aten.constant_pad_nd):
             return len(node.args[1]) // 2 < (self._place(moving[0]) or 0)
+        if packet is aten.repeat:
+            return node.args[1][-(self._place(node) or 0)] == 1
         if packet in RESHAPES:
             return not self._strides(moving[0]).isdisjoint(self._strides(node))
         return packet in ROW_BY_ROW

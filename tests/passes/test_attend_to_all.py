@@ -285,9 +285,10 @@ class MixesRows(nn.Module):
     lambda hidden, weight: hidden.roll(1, 1),
     lambda hidden, weight: hidden / hidden.shape[1],
     lambda hidden, weight: hidden.logcumsumexp(1),
+    lambda hidden, weight: hidden.repeat(1, 2, 1)[:, ::2],
     lambda hidden, weight: (hidden.reshape(len(hidden), WIDTH, -1) + weight[:, 0, :1]).reshape(hidden.shape),
 ], ids=["mean", "cumsum", "convolution", "shift", "first", "select", "linear attention", "einsum", "sort", "layer norm",
-        "group norm", "roll", "number of rows", "logcumsumexp", "scrambled"])
+        "group norm", "roll", "number of rows", "logcumsumexp", "repeated", "scrambled"])
 def test_rows_that_are_mixed_outside_of_attention_are_refused(mix):
     model = Stack(MixesRows(mix), MixesRows(mix))
     with pytest.raises(UnsupportedGraphError, match="cannot attend to all rows") as caught:
@@ -304,8 +305,9 @@ def test_rows_that_are_mixed_outside_of_attention_are_refused(mix):
     lambda hidden, weight: weight[hidden.argmax(-1), 0, :1] * functional.glu(hidden.repeat(1, 1, 2)),
     lambda hidden, weight: functional.pad(hidden, (1, 0))[..., :-1].topk(1).values,
     lambda hidden, weight: hidden.masked_fill(hidden > 0, 0.0).chunk(2, -1)[0].norm(dim=-1, keepdim=True),
+    lambda hidden, weight: torch.stack([hidden, -hidden], 3).amax(3).where(hidden > 0, 0.0),
     lambda hidden, weight: functional.layer_norm(hidden.reshape(-1, WIDTH // 2), (WIDTH // 2,)).view(hidden.shape),
-], ids=["softmax", "norm", "halves", "product", "einsum", "table", "pad", "chunk", "halves as rows"])
+], ids=["softmax", "norm", "halves", "product", "einsum", "table", "pad", "chunk", "stack", "halves as rows"])
 def test_rows_that_are_apart_are_routed(mix):
     model, x = Stack(MixesRows(mix), MixesRows(mix)).eval(), torch.randn(3, 9, WIDTH)
     mod = randomise_routers(convert(model, (x[:2, :5],), MoDConfig(
