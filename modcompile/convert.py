@@ -136,12 +136,15 @@ def padding_mask(source: GraphModel, config: MoDConfig) -> str | None:
     return config.padding_mask or DEFAULT_MASK
 
 
+def padded_dims(source: GraphModel, config: MoDConfig) -> tuple[int | str, ...] | None:
+    """The dims of the padding mask, [B, S]: it is of values that begin with them. None without one."""
+    name = padding_mask(source, config)
+    return next((spec.shape for spec in source.inputs if name and spec.name == name.removeprefix("~")), None)
+
+
 def padded_blocks(mod: MoDModel) -> frozenset[str]:
     """The routed blocks whose rows are those of the padding mask; in others, such as a decoder's, all rows count."""
-    name = padding_mask(mod, mod.config)
-    if name is None:
-        return frozenset()
-    batch, rows = next(spec.shape for spec in mod.inputs if spec.name == name.removeprefix("~"))
+    batch, rows = padded_dims(mod, mod.config) or (None, None)
     return frozenset(block.path for block in mod.routed_blocks
                      if block.rows == (rows if block.axis == "token" else batch))
 

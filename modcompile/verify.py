@@ -22,7 +22,7 @@ import torch.fx
 from torch import Tensor
 
 from modcompile.config import MoDConfig
-from modcompile.convert import padding_mask
+from modcompile.convert import padded_blocks, padded_dims, padding_mask
 from modcompile.engine import Engine, build_engine, is_torch, load_options
 from modcompile.errors import ParityError, UsageError
 from modcompile.manifest import RoutedBlock
@@ -168,10 +168,9 @@ def verify(mod: GraphModel, engine: Engine, inputs: Mapping[str, Any], *, per_bl
         raise UsageError("only a converted model knows its blocks", expected="a MoDModel", found=type(mod).__name__,
                          where="verify(per_block=True)", fix="convert the model, or leave per_block out")
     if not isinstance(inputs, Mapping) or not all(hasattr(value, "dtype") for value in inputs.values()):
+        given = inputs.values() if isinstance(inputs, Mapping) else [inputs]
         raise UsageError("the inputs are not arrays by name", expected="a dict of numpy arrays or torch tensors",
-                         found=f"{type(inputs).__name__}" + (
-                             " of " + ", ".join(sorted({type(value).__name__ for value in inputs.values()}))
-                             if isinstance(inputs, Mapping) else ""), where="verify")
+                         found=", ".join(sorted({type(value).__name__ for value in given})), where="verify")
     if {spec.name for spec in engine.inputs} != {spec.name for spec in mod.inputs} or \
             len(engine.outputs) < len(mod.outputs):
         raise UsageError("the engine is not one of this model", expected=_signature(mod), found=_signature(engine),
@@ -217,12 +216,13 @@ class _Case:
         device = next((tensor.device for tensor in mod.tensors().values()), torch.device("cpu"))
         wanted = _cast({name: _as_torch(value) for name, value in inputs.items()}, mod.inputs)
         self.tensors = [wanted[spec.name].to(device) for spec in mod.inputs]
-        name = padding_mask(mod, mod.config if isinstance(mod, MoDModel) else MoDConfig())
+        config = mod.config if isinstance(mod, MoDModel) else MoDConfig()
+        name, self.mask_dims = padding_mask(mod, config), padded_dims(mod, config)
+        self.padded = padded_blocks(mod) if isinstance(mod, MoDModel) else frozenset[str]()
         self.valid: Tensor | None = None  # [B, S] bool
         if name is not None:
             mask = wanted[name.removeprefix("~")].cpu()
             self.valid = mask == 0 if name.startswith("~") else mask != 0
-            self.mask_dims = next(spec.shape for spec in mod.inputs if spec.name == name.removeprefix("~"))
         with _evaluating(mod):
             values = mod.run_graph(self.tensors)
         self.expected = {spec.name: value for spec, value in zip(mod.outputs, values, strict=True)}
@@ -387,13 +387,13 @@ class _Case:
 
     def _valid_for(self, block: RoutedBlock) -> Tensor | None:
         """What ``route`` may choose, of the shape of its logits."""
-        if self.valid is None or block.axis == "sequence":
-            return None if self.valid is None else self.valid.any(1)[None]  # [1, B]
-        return self.valid if block.rows == self.mask_dims[1] else None
+        if self.valid is None or block.path not in self.padded:
+            return None
+        return self.valid if block.axis == "token" else self.valid.any(1)[None]  # [1, B]
 
     def _rows(self, spec: TensorSpec) -> Tensor | None:
         """Which leading dims of an output are compared: [B, S], [B], or all."""
-        if self.valid is None or spec.shape[:1] != self.mask_dims[:1]:
+        if self.valid is None or self.mask_dims is None or spec.shape[:1] != self.mask_dims[:1]:
             return None
         return self.valid if spec.shape[:2] == self.mask_dims else self.valid.any(1)
 

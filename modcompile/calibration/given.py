@@ -14,7 +14,7 @@ from modcompile.calibration.objective import ObjectiveKind, choose_objective
 from modcompile.calibration.procedure import CalibrationResult, describe_blocks
 from modcompile.calibration.trials import DENSE, DROPPED, trials_of
 from modcompile.config import MoDConfig
-from modcompile.convert import convert, padded_blocks, padding_mask
+from modcompile.convert import convert, padded_blocks, padded_dims
 from modcompile.errors import UsageError
 from modcompile.flops import count_flops
 from modcompile.model import MoDModel
@@ -119,7 +119,7 @@ def refit_routers(mod: MoDModel, batches: Sequence[Any], *, objective: Objective
     if not state:
         return {}
     dense, bound = prepare(pruned_model(mod, mod.config.dropped).eval(), batches, mod.config)
-    chosen = choose_objective(dense, objective, padding_mask(dense, mod.config))
+    chosen = choose_objective(dense, objective, padded_dims(dense, mod.config))
     measured = Measured(dense, mod.routers, padded_blocks(mod), chosen)
     fitted, _ = fit_importance(measured, state, bound, draws=draws, ridge=ridge, seed=seed)
     load_fitted(mod, fitted)

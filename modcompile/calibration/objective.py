@@ -6,6 +6,7 @@ Which of them fits is told by the kind of the outputs, never by the model's name
 __all__ = ["Divergence", "NextToken", "Objective", "ObjectiveKind", "OutputChange", "choose_objective"]
 
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar, Literal, Protocol, get_args
 
 import torch
@@ -146,7 +147,7 @@ class OutputChange:
                      for i, padded in zip(self.outputs, self.padded, strict=True))
 
 
-def choose_objective(dense: GraphModel, kind: ObjectiveKind, mask: str | None = None) -> Objective:
+def choose_objective(dense: GraphModel, kind: ObjectiveKind, dims: Sequence[int | str] | None = None) -> Objective:
     """The objective that fits a model.
 
     "auto" takes the divergence where words [B, S], such as ``input_ids``, are looked up in a table of V rows and an
@@ -155,7 +156,7 @@ def choose_objective(dense: GraphModel, kind: ObjectiveKind, mask: str | None = 
     Args:
         dense: The model.
         kind: What is asked for.
-        mask: The padding mask's input, see ``convert.padding_mask``.
+        dims: The padding mask's, see ``convert.padded_dims``.
 
     Raises:
         UsageError: There is no such kind; a prediction of words is asked for, and the model has no such logits; or
@@ -164,7 +165,6 @@ def choose_objective(dense: GraphModel, kind: ObjectiveKind, mask: str | None = 
     if kind not in get_args(ObjectiveKind):
         raise UsageError("there is no such objective", expected=", ".join(get_args(ObjectiveKind)), found=kind,
                          where="objective")
-    dims = next((spec.shape for spec in dense.inputs if mask is not None and spec.name == mask.removeprefix("~")), None)
     padded = [dims is not None and spec.shape[:2] == dims for spec in dense.outputs]
     shown = f"{dense.interface.summary()} -> {', '.join(map(str, dense.outputs))}"
     limits = index_limits(dense)

@@ -2,7 +2,7 @@
 
 __all__ = ["DENSE", "DROPPED", "State", "Trials", "trials_of"]
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch.fx
 from modcompile.calibration.batches import Batch, sizes_of
 from modcompile.calibration.objective import ObjectiveKind, choose_objective
 from modcompile.config import MoDConfig, capacity
-from modcompile.convert import convert, padding_mask
+from modcompile.convert import convert, padded_dims
 from modcompile.errors import UnsupportedGraphError, UsageError
 from modcompile.flops import flops_by_module
 from modcompile.model import GraphModel
@@ -54,7 +54,7 @@ class Trials:
         self.dense = dense_model(self.mod)
         self.paths = [block.path for block in self.mod.routed_blocks]
         self.attend_to, self._batches, self._sizes = config.attend_to, batches, sizes_of(source, batches[0])
-        self.objective = choose_objective(self.dense, objective, padding_mask(source, config))
+        self.objective = choose_objective(self.dense, objective, padded_dims(source, config))
         with torch.no_grad():
             self._references = [self.objective.reference(self.dense.run_graph(batch.inputs), batch)
                                 for batch in batches]
@@ -116,18 +116,19 @@ class Trials:
         self._losses = {key: loss for key, loss in self._losses.items() if set(key) <= {DENSE, DROPPED}}
 
     def _measure(self, state: State, suspect: str | None) -> float:
-        known = iter(self._known(state))
-        return self._mean(lambda batch: _Trial(self, state).run(*batch.inputs, initial_env=next(known)), suspect)
+        return self._mean((_Trial(self, state).run(*batch.inputs, initial_env=known)
+                           for batch, known in zip(self._batches, self._known(state), strict=True)), suspect)
 
     def loss_of(self, model: GraphModel) -> float:
         """The mean loss of a model as it is, such as one that was converted otherwise than what is tried."""
-        return self._mean(lambda batch: model.run_graph(batch.inputs), None)
+        return self._mean((model.run_graph(batch.inputs) for batch in self._batches), None)
 
-    def _mean(self, run: Callable[[Batch], tuple[torch.Tensor, ...]], suspect: str | None) -> float:
+    def _mean(self, outputs: Iterable[tuple[torch.Tensor, ...]], suspect: str | None) -> float:
+        """Of each batch's outputs, which are computed here, one at a time."""
         total, count = 0.0, 0
         with torch.no_grad():
-            for batch, reference in zip(self._batches, self._references, strict=True):
-                loss, summands = self.objective.measure(run(batch), batch, reference)
+            for made, batch, reference in zip(outputs, self._batches, self._references, strict=True):
+                loss, summands = self.objective.measure(made, batch, reference)
                 total, count = total + float(loss), count + summands
         mean = total / max(1, count)
         if not mean < float("inf"):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from modcompile.config import MoDConfig
-from modcompile.convert import padded_blocks, padding_mask
+from modcompile.convert import padded_blocks, padded_dims, padding_mask
 from modcompile.errors import UsageError
 from modcompile.model import GraphModel, MoDModel
 from modcompile.trace import RoutingTrace, trace_routing
@@ -59,12 +59,11 @@ class WithLoss(nn.Module):
         # Not in a registry: a list hides it from the state dict and from DDP.
         self._teacher = [teacher] if teacher is not None else []
         # Found here and not in the forward: what is compiled would end where a configuration is made.
-        self._padding = padding_mask(mod, mod.config if isinstance(mod, MoDModel) else MoDConfig())
+        config = mod.config if isinstance(mod, MoDModel) else MoDConfig()
+        self._padding = padding_mask(mod, config)
         # An encoder's mask says nothing of a decoder's rows.
-        mask = self._padding and self._padding.removeprefix("~")
-        dims = next((spec.shape for spec in mod.inputs if spec.name == mask), None)
         logits = next((spec for spec in mod.outputs if spec.name == "logits"), mod.outputs[0])
-        self._logits_padded = dims is not None and logits.shape[:2] == dims
+        self._logits_padded = logits.shape[:2] == padded_dims(mod, config)
         self._rows_padded = isinstance(mod, MoDModel) and padded_blocks(mod) == mod.routers.keys()
         self.step, self.losses = 0, dict[str, torch.Tensor]()
         self.register_state_dict_post_hook(_drop_aliases)
