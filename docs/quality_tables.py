@@ -164,7 +164,7 @@ def budgets(report: dict[str, Any], given: dict[str, Any]) -> str:
 def loss_at(groups: dict[tuple[str, float], dict[str, dict[str, Any]]], seed: str, text: str, flops: float) -> float:
     """What a pruned model of these FLOPs loses, if its loss is linear in them between the models of this seed."""
     losses = sorted((found[seed]["flops"], found[seed]["trained"][text])
-                    for (kind, _), found in groups.items() if kind in ("dense", "pruned"))
+                    for (kind, _), found in groups.items() if kind in ("dense", "pruned") and seed in found)
     # Below the smallest model, the line through the last two goes on.
     right = next(i for i in range(1, len(losses)) if flops <= losses[i][0])
     (lower, more), (upper, less) = losses[right - 1:right + 1]

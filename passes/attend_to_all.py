@@ -148,7 +148,7 @@ class _Split:
         """What the scores are combined with, and is made from the rows as well: a bias between contents and places."""
         scores = {*self.attention.scores, self.attention.first}
         return [arg for node in self.attention.scores for arg in node.all_input_nodes
-                if arg not in scores and size_value(arg) is None and self.hidden in ancestors([arg])]
+                if arg not in scores and arg in self.moving]
 
     def run(self) -> None:
         """Rewrites what is not needed by keys and values."""

@@ -72,7 +72,7 @@ def _split(graph: torch.fx.Graph, fused: torch.fx.Node, others: set, attention: 
     batch, rows = (shape_exprs(hidden) or ())[:2]
     try:
         numbers = _feature_numbers(graph, fused, batch, rows)
-    except (RuntimeError, AttributeError):
+    except RuntimeError:
         return "its views are of a batch whose size is fixed"
     query = ancestors([attention.query])
 

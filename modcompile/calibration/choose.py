@@ -136,12 +136,12 @@ class Search:
         rooms: list[tuple[float, str, int]] = []
         for path, ratio in self.state.items():
             # Of a short sequence two ratios may be the same rows.
-            costs = [(each, cost) for each in [*self.ratios, DENSE] if each > ratio
-                     and (cost := self.trials.flops(self.state | {path: each}) - self.flops) > 0]
-            if not costs:
+            dearer = ((each, cost) for each in [*self.ratios, DENSE] if each > ratio
+                      and (cost := self.trials.flops(self.state | {path: each}) - self.flops) > 0)
+            if (first := next(dearer, None)) is None:
                 continue
             # One row more costs nearly the same everywhere between two ratios: it is counted for the best block alone.
-            above, cost = costs[0]
+            above, cost = first
             price = cost / (above - ratio)
             steps = min(int((ratio + Fraction(limit - self.flops) / price) / STEP), STEP.denominator - 1)
             if steps * STEP > ratio:

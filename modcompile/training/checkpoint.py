@@ -18,7 +18,7 @@ from modcompile.errors import IntegrityError, UsageError
 from modcompile.files import new_folder
 
 _STATE = "state.pt"
-_NAME = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"step-\d{8,}")
 
 
 class Stateful(Protocol):

@@ -390,6 +390,14 @@ def test_in_short_sequences_two_ratios_are_the_same_rows(rows):
     assert result.report["flops"] <= 0.7
 
 
+def assert_change(result, model, batch):
+    """The reported loss is how far the model that is returned is from the dense one, computed apart from the code."""
+    with torch.no_grad():
+        dense, made = model(**batch).double(), result.mod(**batch).double()
+    assert result.report["loss"]["calibrated"] == pytest.approx(
+        float((made - dense).square().sum() / dense.square().sum()), rel=1e-4)
+
+
 def test_the_report_of_given_blocks_is_of_the_model_that_is_returned():
     x = randn(3, 10, WIDTH)
     model = Stack(*(Block() for _ in range(4))).eval()
@@ -397,10 +405,7 @@ def test_the_report_of_given_blocks_is_of_the_model_that_is_returned():
                                                      capacity_multiple=8))
     sizes = {"batch": 3, "sequence": 10}
     assert result.report["flops"] == count_flops(result.mod, sizes) / count_flops(dense_model(result.mod), sizes)
-    with torch.no_grad():
-        dense, made = model(x).double(), result.mod(x).double()
-    assert result.report["loss"]["calibrated"] == pytest.approx(
-        float((made - dense).square().sum() / dense.square().sum()), rel=1e-4)
+    assert_change(result, model, {"hidden": x})
 
 
 class Pooled(nn.Module):
@@ -421,10 +426,7 @@ def test_an_output_as_wide_as_a_sequence_is_long_is_not_padded():
     batch = {"hidden": randn(3, WIDTH, WIDTH), "attention_mask": mask}
     model = Pooled().eval()
     result = calibrate(model, [batch], budget=0.7)
-    with torch.no_grad():
-        dense, made = model(**batch).double(), result.mod(**batch).double()
-    assert result.report["loss"]["calibrated"] == pytest.approx(
-        float((made - dense).square().sum() / dense.square().sum()), rel=1e-4)
+    assert_change(result, model, batch)
 
 
 class Crossed(nn.Module):
@@ -462,10 +464,7 @@ def test_an_encoders_mask_is_not_a_decoders():
     assert all(taken[f"decoder.{i}"].sum(1).tolist() == [4, 4] for i in range(2))
     assert not any(taken[f"encoder.{i}"][1, 4:].any() for i in range(2))
     result = calibrate(model, [call(5)], budget=0.8)
-    with torch.no_grad():
-        dense, made = model(**call(5)).double(), result.mod(**call(5)).double()
-    assert result.report["loss"]["calibrated"] == pytest.approx(
-        float((made - dense).square().sum() / dense.square().sum()), rel=1e-4)
+    assert_change(result, model, call(5))
 
 
 @pytest.mark.parametrize(("call", "options"), [

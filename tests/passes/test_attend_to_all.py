@@ -296,6 +296,15 @@ def test_rows_that_are_mixed_outside_of_attention_are_refused(mix):
     assert "no operation but attention" in caught.value.details["expected"]
 
 
+def assert_routed(mod, model, x):
+    """The chosen rows are what the dense model's own layers make of them."""
+    with torch.no_grad(), trace_routing(mod) as trace:
+        made, hidden = mod(x), x
+        for layer, block in zip(model.layers, trace.values(), strict=True):
+            hidden = torch.where(block.taken()[..., None], layer(hidden), hidden)
+    assert torch.allclose(made, hidden, atol=1e-5)
+
+
 @pytest.mark.parametrize("mix", [
     lambda hidden, weight: hidden.softmax(-1),
     lambda hidden, weight: hidden[..., 1:2] * functional.layer_norm(hidden, (WIDTH,)),
@@ -312,11 +321,7 @@ def test_rows_that_are_apart_are_routed(mix):
     model, x = Stack(MixesRows(mix), MixesRows(mix)).eval(), torch.randn(3, 9, WIDTH)
     mod = randomise_routers(convert(model, (x[:2, :5],), MoDConfig(
         blocks="all", attend_to="all", capacity_ratio=0.5, gate="straight-through")))
-    with torch.no_grad(), trace_routing(mod) as trace:
-        made, hidden = mod(x), x
-        for layer, block in zip(model.layers, trace.values(), strict=True):
-            hidden = torch.where(block.taken()[..., None], layer(hidden), hidden)
-    assert torch.allclose(made, hidden, atol=1e-5)
+    assert_routed(mod, model, x)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -326,8 +331,4 @@ def test_a_graph_of_fixed_sizes(batch):
     x = torch.randn(batch, 9, WIDTH)
     mod = randomise_routers(convert(capture(model, (x,), dynamic=False), config=MoDConfig(
         blocks="all", attend_to="all", capacity_ratio=0.5, gate="straight-through")))
-    with torch.no_grad(), trace_routing(mod) as trace:
-        made, hidden = mod(x), x
-        for layer, block in zip(model.layers, trace.values(), strict=True):
-            hidden = torch.where(block.taken()[..., None], layer(hidden), hidden)
-    assert torch.allclose(made, hidden, atol=1e-5)
+    assert_routed(mod, model, x)
