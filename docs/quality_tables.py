@@ -55,12 +55,11 @@ leave them as they were made (`--refit` without a share), by little, and on some
 leave them is better than to train them through the straight-through gate. At the lowest budget what the search chooses
 from its usual ratios is behind the pruned model, for many rows pass by many blocks, which training does not make good;
 with ratios of 3/4 and 7/8 it finds nearly the blocks that were given above, and is level or a little ahead.
-Annealing, a smaller dense model that is trained first (`--smaller`) and three times the steps were tried for it at the
-lowest rate, and helped little. Losses when trained:
+Annealing and three times the steps were tried for it at the lowest rate, and helped little. Losses when trained:
 """
 # What a report's setting is called on the command line, and what it is where it is not given.
 OPTIONS = {"lr": 1e-3, "refit": [0.05, 0.1, 0.2, 0.3, 0.5], "router_lr": 0.0, "steps": 300,
-           "ratios": [1 / 8, 1 / 4, 1 / 2], "anneal": 0.0, "smaller": None}
+           "ratios": [1 / 8, 1 / 4, 1 / 2], "anneal": 0.0, "adapt": 0}
 TASKS = """## An encoder, on tasks
 
 `examples/tasks.py`: {model}, fine-tuned on a task ({dense_steps} steps of {batch}), and what becomes of that model

@@ -10,9 +10,8 @@ batches with the same steps: next-token loss and the distance to the dense model
 as it was, and trained on the same batches too. Of the calibrated model there is also the loss when each row decides for
 itself, by a threshold, as generation must, and the FLOPs of that.
 
-With ``--smaller 0.8`` pruned and routed models begin with a smaller dense model: blocks are dropped to this share of
-the FLOPs, and what is left is trained for the first of the steps. Far below it, what calibration measures of the model
-as it came says little of what training brings back.
+All begin with the same dense model, and learn from its predictions: the one that came, or with ``--adapt 300`` that one
+trained on the text for so many steps before. What it then loses is what was cut, not what it had not read yet.
 
 Losses are nats per token of text that was not trained on; text of another kind than the training text shows most.
 Calibration is done once; seeds are of the training, and say how far its figures move by chance. Calibrated models and
@@ -47,46 +46,41 @@ from modcompile.flops import count_flops, flops_by_module
 from modcompile.variants import pruned_model
 
 # B batch  S rows  V vocabulary
-SMALLER_SEED = 500  # of the batches of the smaller dense model
+ADAPT = {"lr": 1e-3, "distill": 0.5, "seed": 500}  # how, whatever the models that are made of it are trained with
 MODELS = ("dense", "pruned", "calibrated", "stochastic")
 
 
-def prune_to(graph: mc.GraphModel, calibration: list[dict[str, torch.Tensor]], limits: list[float],
+def prune_to(graph: mc.GraphModel, calibration: list[dict[str, torch.Tensor]], budgets: list[float],
              sizes: dict[str, int], options: argparse.Namespace) -> list[tuple[list[str], float]]:
-    """For each limit of FLOPs, the fewest blocks to leave out, by measured loss, that keep it, and the share left."""
+    """For each budget, the fewest blocks to leave out, by measured loss, that keep it, and the share of FLOPs left."""
     flops = flops_by_module(graph, sizes)
-    order = pruning_order(graph, calibration, min(limits) / flops[""], trial_batches=options.trial_batches)
-    left = [flops[""] - sum(flops[path] for path in order[:n]) for n in range(len(order) + 1)]
-    return [next((order[:n], rest / flops[""]) for n, rest in enumerate(left) if rest <= limit) for limit in limits]
+    order = pruning_order(graph, calibration, min(budgets), trial_batches=options.trial_batches)
+    left = [1 - sum(flops[path] for path in order[:n]) / flops[""] for n in range(len(order) + 1)]
+    return [next((order[:n], share) for n, share in enumerate(left) if share <= budget) for budget in budgets]
 
 
-def smaller_dense(graph: mc.GraphModel, calibration: list[dict[str, torch.Tensor]], sizes: dict[str, int],
-                  texts: Texts, options: argparse.Namespace) -> mc.GraphModel:
-    """The dense model pruned to a share of its FLOPs, and trained. One process makes it, others wait and read it."""
-    made = Cells(options.folder / "smaller.json", {key: getattr(options, key) for key in (
-        "smaller", "smaller_steps", "trial_batches", "lr", "distill")})
-    weights = options.folder / "smaller.safetensors"
-    with FileLock(options.folder / "smaller-dense.lock"):
-        if "pruned" in made:
-            model = copy.deepcopy(pruned_model(graph, made.report["cells"]["pruned"]["blocks"]))
-            safetensors.torch.load_model(model, weights)
+def adapted(graph: mc.GraphModel, texts: Texts, options: argparse.Namespace) -> mc.GraphModel:
+    """The dense model trained on the text and its own predictions as it came. One process trains, others read that."""
+    made = Cells(options.folder / "adapted.json", {"steps": options.adapt, **ADAPT})
+    weights = options.folder / "adapted.safetensors"
+    model = copy.deepcopy(graph)
+    with FileLock(options.folder / "adapting.lock"):
+        if "dense" in made:
+            safetensors.torch.load_model(model, weights, device=options.device)
         else:
-            limit = options.smaller * count_flops(graph, sizes)
-            ((blocks, _),) = prune_to(graph, calibration, [limit], sizes, options)
-            model = copy.deepcopy(pruned_model(graph, blocks))
-            spent = train(model, graph, texts, SMALLER_SEED, options.smaller_steps, options)
+            usual = argparse.Namespace(**vars(options) | ADAPT)
+            spent = train(model, graph, texts, usual.seed, options.adapt, usual)
             safetensors.torch.save_model(model, str(weights))
-            made.write("pruned", {"blocks": blocks, **spent})
-    return model
+            made.write("dense", spent)
+    return model.eval()
 
 
-def prepare(graph: mc.GraphModel, flops: int, calibration: list[dict[str, torch.Tensor]], sizes: dict[str, int],
+def prepare(graph: mc.GraphModel, calibration: list[dict[str, torch.Tensor]], sizes: dict[str, int],
             options: argparse.Namespace) -> dict[float, dict[str, Any]]:
     """Calibrates for the budgets that the folder has no model for. One process does it, others wait.
 
     Args:
         graph: Where pruned and calibrated models begin.
-        flops: Those that budgets are shares of.
         calibration: The batches to calibrate on.
         sizes: The size of each symbol.
         options: The command's.
@@ -101,7 +95,7 @@ def prepare(graph: mc.GraphModel, flops: int, calibration: list[dict[str, torch.
     with FileLock(options.folder / "preparing.lock"):
         if missing := [budget for budget in budgets if str(budget) not in prepared]:
             started = time.perf_counter()
-            pruned = prune_to(graph, calibration, [budget * flops for budget in missing], sizes, options)
+            pruned = prune_to(graph, calibration, missing, sizes, options)
             shares = [share for _, share in pruned]
             results = [fit_structure(graph, calibration, shares[0], options)] if options.structure else calibrate_each(
                 graph, calibration, shares, attend_to=options.attend_to, ratios=options.ratios,
@@ -148,41 +142,41 @@ def compare(model: nn.Module, tokenizer: Callable[..., Any], options: argparse.N
     graph = mc.capture(model.to(device), {"input_ids": texts.train[:2 * options.rows].view(2, -1)})
     sizes = {"batch": options.batch, "sequence": options.rows}
     flops = count_flops(graph, sizes)
+    if options.adapt:
+        graph = adapted(graph, texts, options)
     cells = Cells(options.folder / "budgets.json", {
         "model": options.model.name if options.model else "tiny" if options.tiny else "SmolLM2-135M-Instruct",
         "train": [path.name for path in options.train], "train_tokens": len(train_tokens),
         "held_out_tokens": {name: part.numel() for name, part in texts.held_out.items()}, "sizes": sizes,
         "ratios": options.ratios, "structure": options.structure, "steps": options.steps,
-        "smaller": options.smaller, "smaller_steps": options.smaller and options.smaller_steps, "lr": options.lr,
+        "adapt": options.adapt, "lr": options.lr,
         "router_lr": options.router_lr, "refit": options.refit, "distill": options.distill,
         "anneal": options.anneal, "anneal_stages": options.anneal and options.anneal_stages,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"})
 
-    def cell(candidate: mc.GraphModel, seed: int, steps: int, **further: Any) -> dict[str, Any]:
+    def cell(candidate: mc.GraphModel, seed: int, **further: Any) -> dict[str, Any]:
         before = losses(candidate, texts)
-        spent = train(candidate, graph, texts, seed, steps, options)
+        spent = train(candidate, graph, texts, seed, options.steps, options)
         made = {"flops": count_flops(candidate, sizes) / flops, "untrained": before,
                 "trained": losses(candidate, texts), **spent, **further}  # fmt: skip
         decides = isinstance(candidate, mc.MoDModel) and any(list(r.parameters()) for r in candidate.routers.values())
         return made | ({"causal": causal_losses(candidate, texts, seed, options)} if decides else {})
 
-    def add(name: str, seed: int, steps: int, make: Callable[[], mc.GraphModel], **further: Any) -> None:
+    def add(name: str, seed: int, make: Callable[[], mc.GraphModel], **further: Any) -> None:
         name = f"{name}, seed {seed}"
         with cells.claim(name) as is_ours:
             if is_ours:
-                cells.write(name, made := cell(make(), seed, steps, **further))
+                cells.write(name, made := cell(make(), seed, **further))
                 print(f"{name:24} {made['flops']:.3f}  " + "  ".join(
                     f"{k} {v:.3f}" for k, v in made["trained"].items()), flush=True)
 
     if "dense" in options.models:
         for seed in options.seeds:
-            add("dense", seed, options.steps, lambda: copy.deepcopy(graph))
+            add("dense", seed, lambda: copy.deepcopy(graph))
     if set(options.models) == {"dense"}:
         return cells.report
-    start = smaller_dense(graph, calibration, sizes, texts, options) if options.smaller else graph
-    steps = options.steps - (options.smaller_steps if options.smaller else 0)
-    prepared = prepare(start, flops, calibration, sizes, options)
+    prepared = prepare(graph, calibration, sizes, options)
     # What is to be told apart comes first, then the control.
     for kinds in (("pruned", "calibrated"), ("stochastic",)):
         for seed, (budget, made), kind in itertools.product(options.seeds, prepared.items(), kinds):
@@ -191,12 +185,12 @@ def compare(model: nn.Module, tokenizer: Callable[..., Any], options: argparse.N
 
             def make(budget=budget, made=made, kind=kind) -> mc.GraphModel:
                 if kind == "pruned":
-                    return copy.deepcopy(pruned_model(start, made["pruned"]))
+                    return copy.deepcopy(pruned_model(graph, made["pruned"]))
                 mod = mc.load(options.folder / f"calibrated-{budget}").to(device)
                 return mod if kind == "calibrated" else stochastic(mod)
 
             further = {"calibration": made["calibrated"]} if kind == "calibrated" else {}
-            add(f"{kind} {budget}", seed, steps, make, **further)
+            add(f"{kind} {budget}", seed, make, **further)
     return cells.report
 
 
@@ -231,8 +225,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="of a folder's second call, "
                         "what it adds")
     parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--smaller", type=float, help="a share of the FLOPs that pruned and routed models begin with")
-    parser.add_argument("--smaller-steps", type=int, default=100, help="of the steps, those before that")
+    parser.add_argument("--adapt", type=int, default=0, metavar="STEPS", help="that the dense model is trained for "
+                        "before anything is made of it")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -269,15 +263,13 @@ def main() -> None:
     torch.manual_seed(0)
     if options.tiny:
         options.train, options.held_out = [Path(argparse.__file__)], [("code", Path(doctest.__file__))]
-        options.batch, options.rows, options.steps, options.smaller, options.budgets = 2, 32, 4, 0.9, [0.6]
+        options.batch, options.rows, options.steps, options.adapt, options.budgets = 2, 32, 4, 2, [0.6]
         options.calibration_sequences, options.calibration_batch, options.held_out_sequences = 4, 2, 4
-        options.trial_batches, options.smaller_steps, options.refit = 1, 2, [0.5]
+        options.trial_batches, options.refit = 1, [0.5]
     if options.router_lr:
         options.refit = []
     if not options.train or not options.held_out:
         parser.error("--train and --held-out are needed")
-    if options.smaller and not (max(options.budgets) < options.smaller < 1 and options.smaller_steps < options.steps):
-        parser.error("--smaller is a share between the largest budget and 1, and --smaller-steps some of the steps")
     if options.structure and len(options.budgets) != 1:
         parser.error("--structure is for one of --budgets")
     with tempfile.TemporaryDirectory() as scratch:

@@ -57,6 +57,20 @@ def trained(training, made, **changed):
     return mod
 
 
+def test_one_process_adapts_the_dense_model_and_others_read_it(script, training, made, tmp_path, monkeypatch):
+    graph, _, texts = made
+    given = options(adapt=8, folder=tmp_path, device="cpu")
+    first = script.adapted(graph, texts, given)
+    assert training.losses(first, texts)["bytes"] < training.losses(graph, texts)["bytes"] - 0.1
+    monkeypatch.setattr(script, "train", None)
+    second = script.adapted(graph, texts, given)
+    assert not second.training
+    for (name, one), other in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+    with pytest.raises(SystemExit, match=r"other options \(steps\)"):
+        script.adapted(graph, texts, options(adapt=9, folder=tmp_path, device="cpu"))
+
+
 def test_routers_stay_as_they_were_fitted(training, made):
     mod = trained(training, made)
     for path, router in made[1].routers.items():
@@ -103,7 +117,7 @@ def test_a_structure_that_is_given(script, made, tmp_path):
                     attend_to="all", ratios=[0.5], calibration_sequences=4, calibration_batch=B, trial_batches=1,
                     exchanges=1)  # fmt: skip
     sizes = {"batch": B, "sequence": S}
-    found = script.prepare(graph, count_flops(graph, sizes), calibration, sizes, given)[0.8]
+    found = script.prepare(graph, calibration, sizes, given)[0.8]
     mod = mc.load(tmp_path / "calibrated-0.8")
     assert mod.config.dropped == ("transformer.h.0",) and [*mod.config.ratios(list(mod.routers))] == [Fraction(5, 8)]
     assert {path: block["ratio"] for path, block in found["calibrated"]["blocks"].items()} == {
@@ -112,14 +126,14 @@ def test_a_structure_that_is_given(script, made, tmp_path):
     # A block that gets all its rows is not routed.
     given.structure, given.folder = [script.block_ratio("1:1"), script.block_ratio("0:0")], tmp_path / "whole"
     given.folder.mkdir()
-    script.prepare(graph, count_flops(graph, sizes), calibration, sizes, given)
+    script.prepare(graph, calibration, sizes, given)
     assert not mc.load(tmp_path / "whole" / "calibrated-0.8").routers
     with pytest.raises(argparse.ArgumentTypeError, match="from 0 to 1"):
         script.block_ratio("1:9/8")
     given.structure, given.folder = [(1, 0.9)], tmp_path / "dear"
     given.folder.mkdir()
     with pytest.raises(SystemExit, match="the structure costs"):
-        script.prepare(graph, count_flops(graph, sizes), calibration, sizes, given)
+        script.prepare(graph, calibration, sizes, given)
 
 
 def test_rows_that_decide_for_themselves(training, made):
