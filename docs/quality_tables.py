@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import string
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -54,12 +55,24 @@ the texts of another kind near the dense model's FLOPs; 0.002 is too high. To fi
 leave them as they were made (`--refit` without a share), by little, and on some texts worse; at the lowest rate, to
 leave them is better than to train them through the straight-through gate. At the lowest budget what the search chooses
 from its usual ratios is behind the pruned model, for many rows pass by many blocks, which training does not make good;
-with ratios of 3/4 and 7/8 it finds nearly the blocks that were given above, and is level or a little ahead.
-Annealing and three times the steps were tried for it at the lowest rate, and helped little. Losses when trained:
+with ratios of 3/4 and 7/8 it finds nearly the blocks that were given above, and is level or a little ahead. Annealing
+and three times the steps were tried for it at the lowest rate, and helped little. At the largest budget, too, it is
+better to take fewer rows from more blocks: with `--structure {milder}` newsgroups is level, where the searched model is
+behind, and the other texts are as good. Losses when trained:
+"""
+ADAPTED = """### When the dense model was trained on the text before
+
+With `--adapt 300` the dense model is trained first, for 300 steps; it is then pruned, calibrated, and the
+teacher. All end lower than above on the texts of the training text's kind, for they have read twice as much of it, and
+what is left between pruned and routed models there is less. The rate and the weight of the teacher are those with
+which pruned models end lowest on average: 0.0005 is better for the largest budget, worse for the lowest, and more
+weight is worse, but on newsgroups. Losses when trained:
+"""
+ADAPTED_AHEAD = """By how much *calibrated* is ahead with `--adapt 300` alone:
 """
 # What a report's setting is called on the command line, and what it is where it is not given.
-OPTIONS = {"lr": 1e-3, "refit": [0.05, 0.1, 0.2, 0.3, 0.5], "router_lr": 0.0, "steps": 300,
-           "ratios": [1 / 8, 1 / 4, 1 / 2], "anneal": 0.0, "adapt": 0}
+OPTIONS = {"adapt": 0, "lr": 1e-3, "refit": [0.05, 0.1, 0.2, 0.3, 0.5], "router_lr": 0.0, "steps": 300,
+           "ratios": [1 / 8, 1 / 4, 1 / 2], "distill": 0.5, "anneal": 0.0}
 TASKS = """## An encoder, on tasks
 
 `examples/tasks.py`: {model}, fine-tuned on a task ({dense_steps} steps of {batch}), and what becomes of that model
@@ -122,8 +135,8 @@ def budgets(report: dict[str, Any], given: dict[str, Any]) -> str:
 
     groups = by_model(report["cells"] | given["cells"])
     seeds = sorted({seed for found in groups.values() for seed in found})
-    lines, ahead, decided, decided_ahead = [], [], [], []
-    for (kind, budget), found in groups.items():
+    lines, decided, decided_ahead = [], [], []
+    for (kind, _), found in groups.items():
         made = list(found.values())
         share = f"{made[0]['flops']:.3f}"
         figures = " | ".join(f"{mean(made, lambda c, t=text: c['untrained'][t]):.3f}, "
@@ -136,28 +149,34 @@ def budgets(report: dict[str, Any], given: dict[str, Any]) -> str:
                 f"{mean(made, lambda c, t=text: c['causal']['flops'][t]):.3f}" for text in names) + " |")
             decided_ahead.append(f"| {share} | " + " | ".join(spread(list(causal), lambda seed, c=causal, t=text: (
                 loss_at(groups, seed, t, c[seed]["flops"][t]) - c[seed]["losses"][t])) for text in names) + " |")
-        pruned = groups.get(("pruned", budget), {})
-        if kind == "calibrated" and (pairs := [(found[seed], pruned[seed]) for seed in found if seed in pruned]):
-            ahead.append(f"| {share} | " + " | ".join(spread(
-                pairs, lambda pair, t=text: pair[1]["trained"][t] - pair[0]["trained"][t]) for text in names) + " |")
     train = " ".join(f"texts/train/{name}" for name in setting["train"])
     held_out = " ".join(f"{name}=texts/held-out/{name}.txt" for name in names)
     searched = sorted({budget for kind, budget in by_model(report["cells"]) if kind == "pruned"}, reverse=True)
     ((_, lowest), *_) = by_model(given["cells"])
-    structure = " ".join(f"{block}:{Fraction(ratio)}" for block, ratio in given["setting"]["structure"])
     return "\n".join([
         BUDGETS.format(model=setting["model"], steps=setting["steps"], batch=setting["sizes"]["batch"],
                        rows=setting["sizes"]["sequence"], machine=setting["device"],
                        refits=", ".join(f"{100 * share:g}" for share in setting["refit"])),
-        *head("", "FLOPs", "seeds", *names), *lines, "", AHEAD, *head("FLOPs", *names), *ahead, "",
+        *head("", "FLOPs", "seeds", *names), *lines, "", AHEAD, *head("FLOPs", *names), *ahead(groups, names), "",
         DECIDED, *head("FLOPs of top-k", *names), *decided, "",
         DECIDED_AHEAD, *head("FLOPs of top-k", *names), *decided_ahead, "",
         *command(f"python examples/train_budgets.py --train {train} \\\n"
                  f"    --held-out {held_out} \\\n"
                  f"    --budgets {' '.join(map(str, searched))} --steps {setting['steps']} --seeds {' '.join(seeds)} "
                  "--device cuda --compile"),
-        STRUCTURE.format(budget=lowest, structure=structure,
+        STRUCTURE.format(budget=lowest, structure=structure_of(given),
                          out=sum(ratio == 0 for _, ratio in given["setting"]["structure"]))])
+
+
+def ahead(groups: dict[tuple[str, float], dict[str, dict[str, Any]]], names: Iterable[str]) -> list[str]:
+    """By how much calibrated models end ahead of pruned ones of the same budget and seed, a row a budget."""
+    lines = []
+    for (kind, budget), found in groups.items():
+        pruned = groups.get(("pruned", budget), {})
+        if kind == "calibrated" and (pairs := [(found[seed], pruned[seed]) for seed in found if seed in pruned]):
+            lines.append(f"| {pairs[0][0]['flops']:.3f} | " + " | ".join(spread(
+                pairs, lambda pair, t=text: pair[1]["trained"][t] - pair[0]["trained"][t]) for text in names) + " |")
+    return lines
 
 
 def loss_at(groups: dict[tuple[str, float], dict[str, dict[str, Any]]], seed: str, text: str, flops: float) -> float:
@@ -174,7 +193,7 @@ def trained(label: str, report: dict[str, Any]) -> list[str]:
     """The losses of a report's models when trained, a row a model, but for controls."""
     lines = []
     for (kind, _), found in by_model(report["cells"]).items():
-        if kind in ("pruned", "calibrated"):
+        if kind in ("pruned", "calibrated") or (kind == "dense" and report["setting"].get("adapt")):
             made = list(found.values())
             figures = " | ".join(spread(made, lambda c, t=text: c["trained"][t])
                                  for text in report["setting"]["held_out_tokens"])
@@ -182,18 +201,46 @@ def trained(label: str, report: dict[str, Any]) -> list[str]:
     return lines
 
 
+def structure_of(report: dict[str, Any]) -> str:
+    """What blocks were given of their rows, as on the command line; nothing where it was searched for."""
+    return " ".join(f"{block}:{Fraction(ratio)}" for block, ratio in report["setting"].get("structure") or [])
+
+
+def options_of(report: dict[str, Any]) -> str:
+    """Those that a report was made with, as on the command line, but for usual ones and the structure."""
+    words = []
+    for key, usual in OPTIONS.items():
+        if (value := report["setting"].get(key, usual)) != usual:
+            words += [f"--{key.replace('_', '-')}", *(f"{number:g}" for number in (
+                value if isinstance(value, list) else [value]))]
+    return " ".join(words)
+
+
 def tried(reports: Sequence[dict[str, Any]]) -> str:
     """What examples/train_budgets.py wrote with other options, a report for each choice of them."""
-    names, lines = list(reports[0]["setting"]["held_out_tokens"]), []
-    for report in reports:
-        given = {key: value for key, usual in OPTIONS.items() if (value := report["setting"].get(key, usual)) != usual}
-        options = (" ".join([f"--{key.replace('_', '-')}", *(f"{number:g}" for number in (
-            value if isinstance(value, list) else [value]))]) for key, value in given.items())
+    names = list(reports[0]["setting"]["held_out_tokens"])
+    structures = sorted({structure_of(report) for report in reports} - {""})
+    letters = dict(zip(structures, string.ascii_uppercase, strict=False))
+
+    def label(report: dict[str, Any]) -> str:
+        structure = structure_of(report)
+        given = [options_of(report), f"--structure {letters[structure]}" if structure else ""]
         budgets = sorted({budget for kind, budget in by_model(report["cells"]) if budget}, reverse=True)
-        lines += trained(f"`{' '.join(options) or f'--budgets {budgets[0]:g}'}`", report)
-    return "\n".join([TRIED.format(**OPTIONS), *head("with", "", "FLOPs", "seeds", *names), *lines, "",
-                      "The command is the first one, with the option, the budget and the model, and `--seeds 0` where "
-                      "there is one.", ""])
+        return f"`{' '.join(filter(None, given)) or f'--budgets {budgets[0]:g}'}`"
+
+    def table(is_adapted: bool) -> list[str]:
+        some = sorted((report for report in reports if bool(report["setting"].get("adapt")) is is_adapted), key=label)
+        return [*head("with", "", "FLOPs", "seeds", *names),
+                *(line for report in some for line in trained(label(report), report)), ""]
+
+    # The one structure that was given to a model as it came, but for that of the table above.
+    (milder,) = (letters[structure_of(report)] for report in reports if structure_of(report) and not options_of(report))
+    (adapted,) = (report for report in reports if options_of(report) == "--adapt 300" and not structure_of(report))
+    return "\n".join([
+        TRIED.format(**OPTIONS, milder=milder), *table(False),
+        "The command is the first one, with the option, the budget and the model, and `--seeds 0` where there is one.",
+        *(f"`{letter}` is `{structure}`." for structure, letter in letters.items()), "",
+        ADAPTED, *table(True), ADAPTED_AHEAD, *head("FLOPs", *names), *ahead(by_model(adapted["cells"]), names), ""])
 
 
 def tasks(reports: Sequence[dict[str, Any]]) -> str:
