@@ -90,6 +90,14 @@ def test_what_was_tried_is_named_by_its_options():
     usual = tables.OPTIONS | {"held_out_tokens": {"news": 64}}
     cells = {f"{kind} 0.8, seed 0": {"flops": 0.8, "trained": {"news": 4.5}}
              for kind in ("dense", "pruned", "calibrated", "stochastic")}
-    text = tables.tried([{"setting": usual | {"lr": 0.0003, "refit": [], "ratios": [0.375, 0.5]}, "cells": cells}])
+    other, given, adapted = (
+        {"setting": usual | changed, "cells": cells}
+        for changed in ({"lr": 0.0003, "refit": [], "ratios": [0.375, 0.5]},
+                        {"structure": [[9, 0.75], [12, 0.0]]}, {"adapt": 300}))
+    text = tables.tried([adapted, other, given])
+    # Of an adapted dense model what it comes to is told as well; controls are left out.
     assert re.findall(r"^\| `(.*)` \| (\w+) \|", text, re.MULTILINE) == [
-        ("--lr 0.0003 --refit --ratios 0.375 0.5", kind) for kind in ("pruned", "calibrated")]
+        *(("--lr 0.0003 --refit --ratios 0.375 0.5", kind) for kind in ("pruned", "calibrated")),
+        *(("--structure A", kind) for kind in ("pruned", "calibrated")),
+        *(("--adapt 300", kind) for kind in ("dense", "pruned", "calibrated"))]
+    assert "`A` is `9:3/4 12:0`." in text
