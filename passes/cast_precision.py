@@ -10,7 +10,8 @@ by logits with three digits. The policy is the one of autocast, with the residua
 1. Powers, reductions, exponentials, softmax and angles run in float32; so does what only a router needs, and its gate.
 2. Everything that meets a half value runs in half: products, attention, norms (which reduce in float32 inside),
    elementwise work. What does not (masks, rotary tables, the terms of a norm) stays float32 until it does.
-3. Parameters are cast once each, tied ones once for all; a router's stay. Buffers stay float32 until they meet a half
+3. Parameters are cast once each, tied ones once for all; a router's stay, and what it reads of a block's it reads as it
+   was. Buffers stay float32 until they meet a half
    value: of the frequencies of rotary angles, three digits would leave nothing of a position past some hundred.
 4. Masks made of float32's lowest number are clamped to the half's, as are such numbers among arguments.
 5. The model's float inputs and outputs become half; integers, bools, and logits and gates that are handed out stay.
@@ -65,6 +66,7 @@ class CastPrecision(Pass):
                    and (node.op == "placeholder" or _is_parameter(graph_module, node)) for node in graph.nodes):
             return PassResult(graph_module, False)
         cast = _Cast(graph_module, half, protected)
+        cast.keep(protected)
         for node in list(graph.nodes):
             cast.visit(node)
         return PassResult(graph_module, True)
@@ -123,6 +125,15 @@ class _Cast:
         self.dtypes: dict[torch.fx.Node, torch.dtype] = {}
         self.casts: dict[tuple, torch.fx.Node] = {}
         self.parameters: dict[int, torch.Tensor] = {}
+
+    def keep(self, nodes: set[torch.fx.Node]) -> None:
+        """Gives parameters that are read both in float32 and in half, case 3, a second name in float32."""
+        halved = {node.target for node in self.graph.find_nodes(op="get_attr") if node not in self.protected}
+        for node in nodes:
+            if node.op == "get_attr" and node.target in halved and _is_parameter(self.graph_module, node):
+                holder, leaf = self._attribute(node)
+                setattr(holder, f"{leaf}_float32", getattr(holder, leaf))
+                node.target = f"{node.target}_float32"
 
     def visit(self, node: torch.fx.Node) -> None:
         """Casts one node's operands, and notes its own dtype."""
@@ -197,8 +208,7 @@ class _Cast:
 
     def _cast_parameter(self, node: torch.fx.Node) -> None:
         """Case 3, in place of the attribute: the graph module is a copy that shares tensors with the model."""
-        *parents, leaf = str(node.target).split(".")
-        holder = self.graph_module.get_submodule(".".join(parents))
+        holder, leaf = self._attribute(node)
         tensor = getattr(holder, leaf)
         if tensor.dtype == torch.float32:
             if id(tensor) not in self.parameters:
@@ -206,3 +216,8 @@ class _Cast:
             setattr(holder, leaf, self.parameters[id(tensor)])
         node.meta.pop("val", None)
         self.dtypes[node] = self.half
+
+    def _attribute(self, node: torch.fx.Node) -> tuple[torch.nn.Module, str]:
+        """The module that has a node's tensor, and its name there."""
+        parents, _, leaf = str(node.target).rpartition(".")
+        return self.graph_module.get_submodule(parents), leaf

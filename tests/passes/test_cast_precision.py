@@ -12,6 +12,7 @@ from modcompile.capture import capture
 from modcompile.errors import PassContractError
 from modcompile.export.flatten import flatten
 from modcompile.pass_manager import PassManager
+from modcompile.trace import trace_routing
 
 # Relative L2 of a model of four small matrices in a row: the half's machine epsilon times a few roundings.
 TOLERANCE = {"float16": 3e-3, "bfloat16": 2.5e-2}
@@ -152,6 +153,28 @@ def test_tied_weights_are_cast_once(routed):
     weights = [operator.attrgetter(name)(flat) for name in names]
     assert weights and len({id(weight) for weight in weights}) == 1
     assert weights[0].dtype == torch.float16
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_what_a_router_reads_of_a_block_it_reads_in_float32(dtype):
+    """Received attention is computed again for the router alone, from the parameters of the block before."""
+    torch.manual_seed(0)
+    mod = convert(Model().eval(), inputs(2, 17), MoDConfig(capacity_ratio=0.25, router="attention",
+                                                           gate="straight-through"))
+    given, flat = inputs(3, 63), cast(mod, dtype)
+    kept = [str(node.target) for node in flat.graph.find_nodes(op="get_attr") if str(node.target).endswith("_float32")]
+    assert kept and all(operator.attrgetter(name)(flat).dtype == torch.float32 for name in kept)
+    with torch.no_grad(), trace_routing(mod) as trace:
+        mod(**given)
+    (route,) = flat.graph.find_nodes(op="call_function", target=torch.ops.modcompile.route.default)
+    flat.graph.output_node().args = ((route.args[0],),)
+    flat.recompile()
+    with torch.no_grad():
+        (logits,) = flat(*given.values())
+    valid = given["attention_mask"].bool()
+    (block,) = trace.values()
+    assert logits.dtype == torch.float32
+    assert (logits - block.logits)[valid].norm() < TOLERANCE[dtype] * block.logits[valid].norm()
 
 
 def test_logits_gate_and_router_parameters_stay_float32(routed):
