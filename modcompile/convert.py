@@ -80,6 +80,7 @@ def convert(model: nn.Module, example_inputs=None, config: MoDConfig | None = No
 
 def at_capacity(mod: MoDModel, ratio: float | Sequence[float]) -> MoDModel:
     """``MoDModel.with_capacity``: the routing passes anew, at another ratio, on the outlined dense graph."""
+    refuse_decided(mod, "with_capacity")
     config = MoDConfig(**{**mod.config.model_dump(), "capacity_ratio": ratio})
     routed = list(mod.routers)
     described = [block.with_ratio(ratio) for block, ratio in zip(mod.routed_blocks, config.ratios(routed), strict=True)]
@@ -92,6 +93,18 @@ def at_capacity(mod: MoDModel, ratio: float | Sequence[float]) -> MoDModel:
     made = MoDModel(dense.graph_module, mod.interface, hints, [*before, *manager.ran], config, described,
                     mod.dense_program.copy())
     return made.train(mod.training)
+
+
+def refuse_decided(mod: MoDModel, where: str) -> None:
+    """Refuses a model in which each row decides for itself: routed anew from the dense graph, it would look ahead.
+
+    Raises:
+        UsageError: It is one.
+    """
+    if mod.thresholds:
+        raise UsageError("a model in which each row decides for itself cannot be routed anew", where=where,
+                         expected="a model of top-k", found="one of causal_model",
+                         fix="start from the model that causal_model was given; it takes a capacity_ratio too")
 
 
 def routing_passes(source: GraphModel, routed: list[str], config: MoDConfig) -> list[Pass]:

@@ -1,8 +1,9 @@
 """Captured models as ordinary modules: the source's call, output type and state-dict names over an ATen graph."""
 
+import contextlib
 import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -235,6 +236,13 @@ class MoDModel(GraphModel):
         """The router of each routed block, by the block's path. Kinds other than linear have other parameters."""
         return {block.path: cast(Router, self.get_submodule(router_path(block.path))) for block in self._routed_blocks}
 
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """Of a model in which each row decides for itself, by block: a row enters above. Empty where top-k chooses."""
+        made = [record["options"] for record in self.passes if record["name"] == "decide-rows"]
+        return {path: threshold for options in made
+                for path, threshold in zip(options["blocks"], options["thresholds"], strict=True)}
+
     def _graph_changed(self) -> None:
         """Makes the graph anew that a trace runs: it also returns the values that have a role in the routing.
 
@@ -311,6 +319,18 @@ class MoDModel(GraphModel):
                         self._routed_blocks, self.dense_program.copy()).train(self.training)
 
 
+@contextlib.contextmanager
+def evaluating(model: GraphModel) -> Iterator[None]:
+    """Without dropout and gradients while the context is open."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
 def _set_dropout(module: torch.fx.GraphModule, training: bool) -> None:
     nodes = [node for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.dropout.default)
              if node.args[2] != training]
@@ -346,10 +366,12 @@ def _match_masks(graph: torch.fx.Graph) -> bool:
     changed = False
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default):
         mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-        if mask is not None and mask.meta["val"].dtype in (torch.float16, torch.bfloat16, torch.float32):
+        # Of a graph that was just read no shapes are known: it was cast before it was saved.
+        known = mask.meta.get("val") if mask is not None else None
+        if known is not None and known.dtype in (torch.float16, torch.bfloat16, torch.float32):
             with graph.inserting_before(node):
                 cast = graph.call_function(torch.ops.aten.type_as.default, (mask, node.args[0]))
-            cast.meta["val"] = mask.meta["val"]
+            cast.meta["val"] = known
             node.replace_input_with(mask, cast)
             changed = True
     return changed

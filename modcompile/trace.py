@@ -21,6 +21,7 @@ class BlockTrace:
         gate: float32 [B, K], 0 where not filled.
         output: The hidden state after the block, [B, S, D].
         seen: What the router scored: the hidden state before the block, [B, S, D]; for the sequence axis [B, D].
+        decision: Of a ``causal_model`` that predictors decide: their logits, float32 [B, S].
     """
 
     logits: torch.Tensor | None = None
@@ -29,6 +30,7 @@ class BlockTrace:
     gate: torch.Tensor | None = None
     output: torch.Tensor | None = None
     seen: torch.Tensor | None = None
+    decision: torch.Tensor | None = None
 
     def taken(self) -> torch.Tensor:
         """Which rows went through the block, bool [B, S]."""

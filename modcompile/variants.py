@@ -7,7 +7,7 @@ import sympy
 import torch
 
 from modcompile.blocks import find_blocks
-from modcompile.convert import dropping_passes, routing_passes
+from modcompile.convert import dropping_passes, refuse_decided, routing_passes
 from modcompile.errors import UsageError
 from modcompile.flops import count_flops, flops_by_module
 from modcompile.interface import Interface
@@ -53,8 +53,9 @@ def masked_model(mod: MoDModel) -> GraphModel:
     It returns what the model does with ``attend_to="all"``.
 
     Raises:
-        UsageError: A model that routes sequences.
+        UsageError: A model that routes sequences, or in which each row decides for itself.
     """
+    refuse_decided(mod, "masked_model")
     if mod.config.axis != "token":
         raise UsageError("only a model that routes tokens has a masked form", expected="axis token",
                          found=f"axis {mod.config.axis}", where="masked_model")
@@ -65,7 +66,12 @@ def masked_model(mod: MoDModel) -> GraphModel:
 
 
 def other_attention_model(mod: MoDModel) -> GraphModel:
-    """The routed model, on the same routers, whose chosen rows attend to all rows if it was to chosen ones, or back."""
+    """The routed model, on the same routers, whose chosen rows attend to all rows if it was to chosen ones, or back.
+
+    Raises:
+        UsageError: A model in which each row decides for itself.
+    """
+    refuse_decided(mod, "other_attention_model")
     config = mod.config.model_copy(update={"attend_to": "chosen" if mod.config.attend_to == "all" else "all"})
     return mod.variant(mod.dense_program, *routing_passes(mod, list(mod.routers), config), routers=True)
 
@@ -117,15 +123,17 @@ def pruned_blocks(mod: MoDModel, sizes: Mapping[str, int], order: Sequence[str] 
 def with_routing_outputs(mod: MoDModel, outputs: bool = False) -> GraphModel:
     """The routed model returning, after its own outputs, each block's logits, positions, filled slots and gates.
 
-    They are named "routing.<block>.<role>". With ``outputs`` the hidden state after every block, routed or not, is
-    among them, as role "output".
+    They are named "routing.<block>.<role>"; where a predictor decides, its logits are among them, as role "decision".
+    With ``outputs`` the hidden state after every block, routed or not, is among them too, as role "output".
     """
     routed = [block.path for block in mod.routed_blocks]
     program = mod.program.copy()
+    given = {tuple(node.meta["role"]) for node in program.graph.nodes if "role" in node.meta}
     roles = []
     for node in program.graph.nodes:
         if node.op == "call_module" and node.target in program.bodies:
             roles += [f"{node.target}:{role}" for role in ROLES if node.target in routed]
+            roles += [f"{node.target}:decision"] if (node.target, "decision") in given else []
             roles += [f"{node.target}:output"] if outputs else []
             if node.target not in routed:
                 node.meta["role"] = (node.target, "output")

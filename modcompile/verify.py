@@ -4,7 +4,7 @@ Routing makes this more than a subtraction. Two rows whose logits are nearly equ
 and the other way by the engine; the rows then differ by a whole block's update, and neither is wrong. So where outputs
 differ, the model is run again with the engine's choices: if every number then agrees, and the engine ranked its own
 logits as the contract of ``route`` says, the difference is one of near ties, which the report names. Anything else is
-an error.
+an error. Where each row decides for itself (``training.causal_model``), near a threshold is what nearly equal is here.
 """
 
 __all__ = ["TOLERANCES", "Comparison", "RoutingDifference", "VerifyReport", "verify"]
@@ -12,7 +12,7 @@ __all__ = ["TOLERANCES", "Comparison", "RoutingDifference", "VerifyReport", "ver
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from modcompile.convert import padded_blocks, padded_dims, padding_mask
 from modcompile.engine import Engine, build_engine, is_torch, load_options
 from modcompile.errors import ParityError, UsageError
 from modcompile.manifest import RoutedBlock
-from modcompile.model import GraphModel, MoDModel
+from modcompile.model import GraphModel, MoDModel, evaluating
 from modcompile.ops import route
 from modcompile.passes.routing_outputs import ROLES
 from modcompile.spec import TensorSpec, dtype_from_name
@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 # the largest absolute error as a share of the largest magnitude expected (of 1, where that is smaller). Room for sums
 # of thousands of terms in another order, at 23, 10 and 7 bits of mantissa, through dozens of blocks. Integers: equal.
 TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
+# Rows are ranked by how logits differ. These may lie close together beside a large one that all rows have, a bias, and
+# so within the tolerance whatever their order: apart from their mean their relative L2 error is at most this.
+_RANKING = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Comparison:
         shape: The engine's shape, which is the model's but in a failure.
         max_abs_error: The largest difference; ``limit``: the largest that passes.
         relative_l2: ``||engine - model|| / ||model||``.
+        compared: How many elements were, being finite on both sides.
         not_finite: How many elements are NaN or infinite on one side and something else on the other.
         worst: Where the largest difference is, and the engine's and the model's number there.
     """
@@ -61,6 +65,7 @@ class Comparison:
     max_abs_error: float
     limit: float
     relative_l2: float
+    compared: int
     not_finite: int
     worst: str
     tolerance: float
@@ -77,7 +82,7 @@ class RoutingDifference:
 
     Attributes:
         block: The block's path.
-        rows: How many rows the engine let in that the model did not.
+        rows: How many rows the engine let in that the model did not; or the other way, if these are more.
         margin: How far apart, in the model's logits, the most distant two rows are that changed places.
         logit_error: The largest difference between the engine's and the model's logits; it explains margins up to
             twice its size.
@@ -179,6 +184,10 @@ def verify(mod: GraphModel, engine: Engine, inputs: Mapping[str, Any], *, per_bl
                  TOLERANCES[engine.manifest.precision] if tolerance is None else tolerance)
     outputs = case.compare(mod.outputs, case.found, case.expected)
     failed = next((item for item in outputs if not item.passed), None)
+    if not failed and not any(item.compared for item in outputs):
+        raise UsageError("there is nothing to compare", expected="outputs with rows that are valid and finite",
+                         found=", ".join(f"{item.name} {list(item.shape)}" for item in outputs), where="verify",
+                         fix="give inputs with rows that are not padding, and see that the model's outputs are numbers")
     if isinstance(mod, MoDModel) and (per_block or failed):
         explained = None if per_block else case.explain(dict(options or {}))
         return explained or case.walk(outputs, failed, dict(options or {}))
@@ -219,11 +228,12 @@ class _Case:
         config = mod.config if isinstance(mod, MoDModel) else MoDConfig()
         name, self.mask_dims = padding_mask(mod, config), padded_dims(mod, config)
         self.padded = padded_blocks(mod) if isinstance(mod, MoDModel) else frozenset[str]()
+        self.thresholds = mod.thresholds if isinstance(mod, MoDModel) else {}
         self.valid: Tensor | None = None  # [B, S] bool
         if name is not None:
             mask = wanted[name.removeprefix("~")].cpu()
             self.valid = mask == 0 if name.startswith("~") else mask != 0
-        with _evaluating(mod):
+        with evaluating(mod):
             values = mod.run_graph(self.tensors)
         self.expected = {spec.name: value for spec, value in zip(mod.outputs, values, strict=True)}
 
@@ -265,7 +275,8 @@ class _Case:
         given_choices = self.compare(self.mod.outputs, self.found, run.expected)
         if not all(item.passed for item in given_choices):
             return None
-        with contextlib.suppress(ParityError):
+        # Another engine may differ where the one in question does not; of this one itself it is the last word.
+        with contextlib.nullcontext() if run.own else contextlib.suppress(ParityError):
             return self.report(given_choices, *self._compare_blocks(run))
         return None
 
@@ -295,7 +306,7 @@ class _Case:
         values = {spec.name: _as_torch(found[spec.name]).cpu() for spec in model.outputs}
         forced = self._choices(values)
         run = _Forced(model.graph_module, {key: value.to(self.tensors[0].device) for key, value in forced.items()})
-        with _evaluating(model):
+        with evaluating(model):
             expected = dict(zip((spec.name for spec in model.outputs), run.run(*self.tensors), strict=True))
         return _Probe(model, own, values, forced, expected, run.natural)
 
@@ -322,8 +333,8 @@ class _Case:
         assert isinstance(self.mod, MoDModel)
         forced: dict[tuple[str, str], Tensor] = {}
         for block in self.mod.routed_blocks:
-            logits, positions, filled = (values[f"routing.{block.path}.{role}"] for role in ROLES[:3])
-            due = route(logits, self._valid_for(block), positions.shape[1])
+            _, positions, filled = (values[f"routing.{block.path}.{role}"] for role in ROLES[:3])
+            due = self._route(block, values, positions.shape[1])
             if not (torch.equal(positions, due[0]) and torch.equal(filled, due[1])):
                 break
             forced |= {(block.path, "positions"): positions, (block.path, "filled"): filled}
@@ -337,47 +348,59 @@ class _Case:
         done: list[Comparison] = []
         routing: list[RoutingDifference] = []
         for path in (path for path in block_paths(self.mod) if path not in self.mod.config.dropped):
-            for role in ("logits", "gate", "output") if path in routed else ("output",):
+            for role in ("logits", "decision", "gate", "output") if path in routed else ("output",):
                 name = f"routing.{path}.{role}"
                 if name not in specs:
                     continue
-                rows = self._valid_for(routed[path]) if role == "logits" else self._rows(specs[name])
+                is_score = role in ("logits", "decision")
+                rows = self._valid_for(routed[path]) if is_score else self._rows(specs[name])
                 wanted = run.expected[name].cpu()
                 item = _compare(f"{path} {role}", values[name], wanted, self.tolerance, rows)
                 if not item.passed:
                     raise self.error(item, routing=routing, block=path, fix="everything before agrees: look at what "
                                      f"computes the {role} of this block")
+                if is_score and _apart_from_mean(values[name], wanted, rows) > _RANKING:
+                    raise self.error(item, routing=routing, block=path, fix="everything before agrees, and so do these "
+                                     f"values, but not how rows differ: look at what computes the {role}")
                 done.append(item)
                 if role == "logits":
                     if (path, "positions") not in run.forced:
                         raise self._broken_order(path, values)
-                    due = run.natural[path, "positions"].cpu()
-                    routing += self._difference(routed[path], due, wanted, values, item.max_abs_error)
+                    routing += self._difference(routed[path], run, item.max_abs_error)
         return done, routing
 
-    def _difference(self, block: RoutedBlock, due: Tensor, logits: Tensor, values: Mapping[str, Tensor],
-                    logit_error: float) -> list[RoutingDifference]:
+    def _difference(self, block: RoutedBlock, run: _Probe, logit_error: float) -> list[RoutingDifference]:
         """What the engine chose otherwise than the model would have, on the same history."""
-        def taken(positions):
-            return torch.zeros_like(logits, dtype=torch.bool).scatter(1, positions, True)
+        values, expected = run.values, {name: value.cpu() for name, value in run.expected.items()
+                                        if name.startswith(f"routing.{block.path}.")}
+        logits = expected[f"routing.{block.path}.logits"]
 
-        model, engine = taken(due), taken(values[f"routing.{block.path}.positions"])
-        valid = self._valid_for(block)
-        # Among rows of padding the order is free.
-        swapped = (model != engine) & (valid if valid is not None else True)
-        rows = int((swapped & engine).sum())
+        def taken(positions, filled):
+            return torch.zeros_like(logits, dtype=torch.bool).scatter(1, positions.cpu(), filled.cpu())
+
+        model, engine = (taken(*(choice(role) for role in ("positions", "filled"))) for choice in (
+            lambda role: run.natural[block.path, role], lambda role: values[f"routing.{block.path}.{role}"]))
+        swapped = model != engine
+        rows = max(int((swapped & side).sum()) for side in (engine, model))
         if not rows:
             return []
+        crossed = torch.zeros_like(swapped)
+        margin = torch.zeros(())
+        if block.path in self.thresholds:
+            # Of those that decided otherwise, how far they are from the threshold; a row's slot may be another's then.
+            crossed = swapped & (self._takes(block, expected) != self._takes(block, values))
+            asked = expected.get(f"routing.{block.path}.decision", logits)
+            margin = (asked - self.thresholds[block.path]).abs().masked_fill(~crossed, 0).max()
         score = logits.nan_to_num(nan=-torch.inf).clamp(min=torch.finfo(logits.dtype).min)
-        left_out = score.masked_fill(~(swapped & model), -torch.inf).amax(1)
-        let_in = score.masked_fill(~(swapped & engine), torch.inf).amin(1)
-        margin = (left_out - let_in).nan_to_num(0, 0, 0).max().clamp(min=0)
+        left_out = score.masked_fill(~(swapped & model & ~crossed), -torch.inf).amax(1)
+        let_in = score.masked_fill(~(swapped & engine & ~crossed), torch.inf).amin(1)
+        margin = (left_out - let_in).nan_to_num(0, 0, 0).max().clamp(min=margin)
         return [RoutingDifference(block.path, rows, float(margin), logit_error)]
 
     def _broken_order(self, path: str, values: Mapping[str, Tensor]) -> ParityError:
         block = next(block for block in self.mod.routed_blocks if block.path == path)
         positions = values[f"routing.{path}.positions"]
-        due, _ = route(values[f"routing.{path}.logits"], self._valid_for(block), positions.shape[1])
+        due, _ = self._route(block, values, positions.shape[1])
         row = int((due != positions).any(1).nonzero()[0]) if not torch.equal(due, positions) else 0
         return ParityError(
             f"the engine's routing does not follow its own logits, first in block {path}", where=self.engine.folder,
@@ -385,8 +408,19 @@ class _Case:
             found=f"positions {positions[row].tolist()}, filled {values[f'routing.{path}.filled'][row].tolist()}",
             fix="this is a defect of the runtime's TopK or of the lowering of route: please report it")
 
+    def _route(self, block: RoutedBlock, values: Mapping[str, Tensor], capacity: int) -> tuple[Tensor, Tensor]:
+        """What follows from a side's logits by the contract."""
+        takes = self._takes(block, values) if block.path in self.thresholds else self._valid_for(block)
+        return route(values[f"routing.{block.path}.logits"], takes, capacity)
+
+    def _takes(self, block: RoutedBlock, values: Mapping[str, Tensor]) -> Tensor:
+        """The rows that want to enter, where each decides for itself."""
+        asked = values.get(f"routing.{block.path}.decision", values[f"routing.{block.path}.logits"]).cpu()
+        takes, valid = asked > self.thresholds[block.path], self._valid_for(block)
+        return takes if valid is None else takes & valid
+
     def _valid_for(self, block: RoutedBlock) -> Tensor | None:
-        """What ``route`` may choose, of the shape of its logits."""
+        """Which rows of a block are no padding, of the shape of its logits."""
         if self.valid is None or block.path not in self.padded:
             return None
         return self.valid if block.axis == "token" else self.valid.any(1)[None]  # [1, B]
@@ -415,14 +449,29 @@ class _Forced(torch.fx.Interpreter):
         return value
 
 
+def _apart_from_mean(found: Tensor, expected: Tensor, rows: Tensor | None) -> float:
+    """The relative L2 error of scores [B, S] apart from each sequence's mean, over rows that are numbers on both sides.
+
+    Zero where the expected ones are alike but for the last bits of float32: then nothing is ranked.
+    """
+    a, b = found.double(), expected.double()
+    keep = a.isfinite() & b.isfinite() & (torch.ones_like(a, dtype=torch.bool) if rows is None else rows)
+    count = keep.sum(1, keepdim=True).clamp(min=1)
+    a, b = (torch.where(keep, x, 0) for x in (a, b))
+    apart, wanted = (torch.where(keep, x - x.sum(1, keepdim=True) / count, 0) for x in (a - b, b))
+    error, size, whole = (float(torch.linalg.vector_norm(x)) for x in (apart, wanted, b))
+    return error / size if size > 1e-6 * whole else 0.0
+
+
 def _compare(name: str, found: Tensor, expected: Tensor, tolerance: float, rows: Tensor | None) -> Comparison:
     shape = tuple(found.shape)
     if found.shape != expected.shape:
-        return Comparison(name, shape, torch.inf, 0.0, torch.inf, 0, f"for shape {list(expected.shape)}", tolerance)
+        return Comparison(name, shape, torch.inf, 0.0, torch.inf, 0, 0, f"for shape {list(expected.shape)}", tolerance)
     if not expected.is_floating_point():
         tolerance = 0.0
     dtype = torch.float64 if expected.dtype == torch.float64 or not expected.is_floating_point() else torch.float32
     a, b = found.to(dtype), expected.to(dtype)
+    keep = torch.ones((), dtype=torch.bool)
     if rows is not None:
         keep = rows.reshape(*rows.shape, *[1] * (b.dim() - rows.dim()))
         a, b = (side.masked_fill(~keep, 0) for side in (a, b))
@@ -432,11 +481,11 @@ def _compare(name: str, found: Tensor, expected: Tensor, tolerance: float, rows:
     a, b = (side.masked_fill(~finite, 0) for side in (a, b))
     error = (a - b).abs()
     if error.numel() == 0:
-        return Comparison(name, shape, 0.0, 0.0, 0.0, 0, "", tolerance)
+        return Comparison(name, shape, 0.0, 0.0, 0.0, 0, 0, "", tolerance)
     at = [int(i) for i in torch.unravel_index(error.argmax(), error.shape)]
     norm, size = (float(torch.linalg.vector_norm(side, dtype=torch.float64)) for side in (error, b))
     return Comparison(name, shape, float(error.max()), tolerance * max(1.0, float(b.abs().max())),
-                      norm / size if size else float(norm > 0), not_finite,
+                      norm / size if size else float(norm > 0), int((finite & keep).sum()), not_finite,
                       f"at {at}: {float(a[tuple(at)]):.6g} for {float(b[tuple(at)]):.6g}", tolerance)
 
 
@@ -473,14 +522,3 @@ def _as_torch(value: Any) -> Tensor:
     if value.dtype.name == "bfloat16":
         return torch.from_numpy(value.view("int16")).view(torch.bfloat16)
     return torch.from_numpy(value)
-
-
-@contextlib.contextmanager
-def _evaluating(model: GraphModel) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)

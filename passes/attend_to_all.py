@@ -124,7 +124,9 @@ class _Split:
         self.moving = {self.hidden}
         for node in self.graph.nodes:
             is_size = not isinstance(node.meta.get("val"), torch.Tensor | list | tuple)
-            if not is_size and not self.moving.isdisjoint(node.all_input_nodes):
+            # Of its second operand a cast takes the dtype alone.
+            made_of = node.all_input_nodes[:1] if node.target is aten.type_as.default else node.all_input_nodes
+            if not is_size and not self.moving.isdisjoint(made_of):
                 self.moving.add(node)
         self.keys = ancestors([attention.key, attention.value, *self._beside()])
         self.versions: dict[tuple, torch.fx.Node] = {}

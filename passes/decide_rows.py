@@ -99,6 +99,8 @@ class DecideRows(Pass):
             takes = graph.call_function(aten.gt.Scalar, (asked, threshold))
             if valid is not None:
                 takes = graph.call_function(aten.logical_and.default, (takes, valid))
+        if self.predictors:
+            asked.meta["role"] = (path, "decision")
         takes.meta["decides"] = True
         route.args = (logits, takes, count)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from fakes import FakeEngine
 from rich.console import Console
-from tiny import Attention, Stack, randomise_routers
+from tiny import Attention, Mlp, Stack, randomise_routers
 
 import modcompile as mc
 from modcompile.bench import VARIANTS, device_options
@@ -317,6 +317,30 @@ def test_an_engine_may_be_as_far_as_pytorch_in_its_precision(mod: MoDModel, monk
     assert check(mod, FakeEngine(mod, None, "fp16"), inputs, routed=True, options={}).far_rows == 0
     (own,) = in_torch(mod, engine, inputs, torch.device("cpu"))
     assert own.dtype == torch.float16
+
+
+def test_counting_needs_rows_that_are_near(mod: MoDModel, monkeypatch):
+    """Where most of PyTorch's own rows are far, or the model drops some at random, counting would pass any engine."""
+    inputs = {"hidden": np.random.default_rng(0).standard_normal((B, S, WIDTH), np.float32),
+              "attention_mask": np.ones((B, S), np.int64)}
+
+    def tamper(outputs):
+        outputs["output"] += 1
+
+    outside = importlib.import_module("modcompile.bench_check")
+    in_torch = outside._in_torch
+    monkeypatch.setattr(outside, "_in_torch", lambda *given: [value + 1 for value in in_torch(*given)])
+    with pytest.raises(ParityError):
+        check(mod, FakeEngine(mod, tamper, "fp16"), inputs, routed=True, options={})
+
+
+def test_a_model_in_training_is_compared_without_dropout():
+    mod = mc.convert(Stack(Mlp(dropout=0.5), Mlp(dropout=0.5)), (torch.randn(2, 5, WIDTH),))
+    inputs = {"hidden": np.random.default_rng(0).standard_normal((B, S, WIDTH), np.float32)}
+    engine = FakeEngine(copy.deepcopy(mod), None, "fp16")
+    mod.train()
+    assert check(mod, engine, inputs, routed=True, options={}).far_rows == 0
+    assert mod.training
 
 
 def test_rows_that_are_not_numbers_are_no_rounding(mod: MoDModel):

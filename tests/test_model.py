@@ -204,7 +204,7 @@ def test_a_source_in_half_precision_stays_in_it():
     assert torch.equal(mod(x), model(x)) and mod.outputs[0].dtype == "bfloat16"
 
 
-def test_a_float_mask_in_double_precision():
+def test_a_float_mask_in_double_precision(tmp_path):
     """PyTorch's attention in float64 takes a mask in float32, which the source makes here, and misreads it."""
     class Biased(Attention):
         def forward(self, hidden, bias):
@@ -229,6 +229,21 @@ def test_a_float_mask_in_double_precision():
         assert deviation(wide(x.double(), mask), expected.double()) < 1e-5
         assert deviation(dense_model(wide)(x.double(), mask)[:, :40], expected.double()[:, :40]) < 1e-5
         assert deviation(wide.double()(x.double(), mask), expected.double()) < 1e-5
+        # The cast looks at the query, and is made of the mask alone all the same.
+        few = mod.with_capacity(0.25)(x, mask).double()
+        wide.set_capacity(0.25)
+        assert deviation(wide(x.double(), mask), few) < 1e-5
+        oracle_model(wide)(x.double(), mask)
+        wide.save_pretrained(tmp_path / "model")
+        assert torch.equal(load(tmp_path / "model")(x.double(), mask), wide(x.double(), mask))
+
+
+def test_a_source_in_double_precision_is_saved_and_read(tmp_path):
+    x, mask = torch.randn(3, 63, 8, dtype=torch.float64), torch.ones(3, 63, dtype=torch.long)
+    mod = randomise_routers(convert(Stack(Attention(), Attention()).double(), (x[:2, :5], mask[:2, :5]),
+                                    MoDConfig(capacity_ratio=0.3)))
+    mod.save_pretrained(tmp_path / "model")
+    assert torch.equal(load(tmp_path / "model")(x, mask), mod(x, mask))
 
 
 def test_devices_in_the_graph_move_too():

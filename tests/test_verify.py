@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import modcompile as mc
 from modcompile.errors import ParityError, UsageError
 from modcompile.model import GraphModel, MoDModel
+from modcompile.training import Predictors, QuantileThresholds, causal_model
 from modcompile.variants import with_routing_outputs
 
 # B batch  S rows  K capacity  D model dim
@@ -312,7 +313,7 @@ def test_an_engine_that_agrees_passes_whatever_another_one_does(mod: MoDModel, b
 
 @pytest.fixture(scope="module", params=["token", "sequence"])
 def undecided(request) -> MoDModel:
-    """Logits so near each other that an error of 1e-5 changes their order."""
+    """Logits so near each other that an error of 1e-6 changes their order."""
     mod = converted(axis=request.param)
     for router in mod.routers.values():
         with torch.no_grad():
@@ -321,12 +322,12 @@ def undecided(request) -> MoDModel:
 
 
 def nudged(mod: MoDModel) -> MoDModel:
-    """A copy that chooses other rows, its logits being different by about 1e-5."""
+    """A copy that chooses other rows, its logits being different by about 1e-6."""
     inputs = inputs_of(batch=13, padding=20)
     with mc.trace_routing(mod) as ours:
         mod(**inputs)
     for seed in range(20):
-        made = changed(mod, f"router.{SECOND}.weight", by=3e-6, seed=seed)
+        made = changed(mod, f"router.{SECOND}.weight", by=1e-6, seed=seed)
         with mc.trace_routing(made) as theirs:
             made(**inputs)
         if not torch.equal(ours[SECOND].positions, theirs[SECOND].positions):
@@ -372,6 +373,62 @@ def test_a_near_tie_does_not_hide_a_defect(undecided: MoDModel, build: Callable)
     build(wrong)
     with pytest.raises(ParityError, match=f"(?s)first in block {SECOND}.*rows chosen differently"):
         mc.verify(undecided, FakeEngine(wrong), inputs_of(batch=13, padding=20))
+
+
+def test_logits_within_the_tolerance_in_another_order(undecided: MoDModel, build: Callable):
+    """Beside a bias that all rows have, what they differ by may be less than the tolerance."""
+    wrong = copy.deepcopy(undecided)
+    with torch.no_grad():
+        wrong.routers[SECOND].weight.neg_()
+    build(wrong)
+    with pytest.raises(ParityError, match=f"(?s)first in block {SECOND}.*but not how rows differ"):
+        mc.verify(undecided, FakeEngine(with_routing_outputs(wrong)), inputs_of(batch=13, padding=20))
+
+
+@pytest.mark.parametrize("by", ["sign", "thresholds", "predictors"])
+@torch.no_grad()
+def test_rows_that_decide_for_themselves(mod: MoDModel, build: Callable, by: str):
+    """Its own decision is the engine's contract; near the threshold it may differ from the model's."""
+    decides: QuantileThresholds | Predictors | None = None
+    if by == "thresholds":
+        with mc.trace_routing(mod) as trace:
+            mod(**inputs_of(padding=20))
+        (decides := QuantileThresholds(mod)).update(trace)
+    elif by == "predictors":
+        for network in (decides := Predictors(mod)).networks:
+            network.weight.normal_()
+            network.bias.zero_()
+    causal = causal_model(mod, decides)
+    build(causal)
+    report = mc.verify(causal, FakeEngine(causal), inputs_of(padding=20), per_block=True)
+    scored = ["logits", "decision"] if by == "predictors" else ["logits"]
+    assert [item.name for item in report.blocks if item.name.startswith(SECOND)] == [
+        f"{SECOND} {role}" for role in (*scored, "gate", "output")]
+
+    # A row that is as near to the threshold as rounding goes, on the other side in the engine.
+    with mc.trace_routing(causal) as trace:
+        causal(**inputs_of(padding=20))
+    block, threshold = trace[SECOND], causal.thresholds[SECOND]
+    asked = block.logits if block.decision is None else block.decision
+    apart = (asked - threshold)[inputs_of(padding=20)["attention_mask"].bool()]
+    side = apart[apart.abs().argmin()].sign()
+    nearest, second = (side * apart)[side * apart > 0].sort().values[:2]
+    other = copy.deepcopy(causal)
+    moved = dict(other.named_parameters())[f"predictor.{SECOND}.bias"] if by == "predictors" else \
+        other.routers[SECOND].bias
+    moved -= side * (nearest + second) / 2
+    build(other)
+    (difference,) = mc.verify(causal, FakeEngine(other), inputs_of(padding=20), tolerance=0.1,
+                               per_block=True).routing
+    assert difference.rows == 1 and difference.margin == pytest.approx(nearest.item(), rel=1e-3)
+
+
+def test_there_has_to_be_something_to_compare():
+    words = mc.capture(Stack(Attention()), {name: value[:2, :5] for name, value in inputs_of().items()})
+    for changed_input in ({"attention_mask": torch.zeros(B, S, dtype=torch.int64)},
+                          {"hidden": torch.full((B, S, WIDTH), torch.nan)}):
+        with pytest.raises(UsageError, match="nothing to compare"):
+            mc.verify(words, FakeEngine(words), inputs_of() | changed_input)
 
 
 def test_choices_that_do_not_follow_from_the_logits(mod: MoDModel, build: Callable):

@@ -13,6 +13,7 @@ from modcompile.ops import merge_rows
 from modcompile.saving import load
 from modcompile.trace import trace_routing
 from modcompile.training import Predictors, QuantileThresholds, causal_model
+from modcompile.variants import masked_model, other_attention_model
 from modcompile.verify import verify
 
 # B batch  S rows  D model dim
@@ -115,12 +116,18 @@ def test_slots_overflow_and_stay_empty():
         assert torch.equal(block.taken()[b].nonzero()[:, 0], best.sort().values)
 
 
-def test_it_is_the_models_tensors_and_can_be_undone():
+def test_it_is_the_models_tensors_and_is_not_routed_anew(tmp_path):
     _, mod = converted("all")
     causal = causal_model(mod, predictors_of(mod))
     assert {id(p) for p in mod.parameters()} < {id(p) for p in causal.parameters()}
-    assert torch.equal(causal.with_capacity(0.3)(X), mod(X))
-    assert [record["name"] for record in causal.with_capacity(0.3).passes] == [r["name"] for r in mod.passes]
+    assert causal.thresholds == {"layers.0": 0.0, "layers.1": 0.0} and not mod.thresholds
+    causal.save_pretrained(tmp_path / "model")
+    # From the dense graph it would be a model of top-k, which looks ahead.
+    for made in (causal, load(tmp_path / "model")):
+        for again in (lambda made=made: made.with_capacity(0.3), lambda made=made: made.set_capacity(0.3),
+                      lambda made=made: masked_model(made), lambda made=made: other_attention_model(made)):
+            with pytest.raises(UsageError, match="decides for itself cannot be routed anew"):
+                again()
 
 
 def test_it_is_saved_with_its_predictors(tmp_path):
