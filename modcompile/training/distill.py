@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from modcompile.model import MoDModel
 from modcompile.trace import RoutingTrace
-from modcompile.training.losses import mean_valid
+from modcompile.training.losses import Valid, mean_valid, valid_of
 from modcompile.variants import dense_model
 
 # B batch  S rows  D model dim  V vocabulary
@@ -75,19 +75,20 @@ def logits_loss(student: torch.Tensor, teacher: torch.Tensor, valid: torch.Tenso
     return temperature**2 * mean_valid(F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1), valid)
 
 
-def hidden_losses(trace: RoutingTrace, teacher: Mapping[str, torch.Tensor], valid: torch.Tensor | None = None
+def hidden_losses(trace: RoutingTrace, teacher: Mapping[str, torch.Tensor], valid: Valid = None
                   ) -> dict[str, torch.Tensor]:
     """Each routed block's squared distance of its output to the teacher's, over the teacher's squared norm.
 
     Args:
         trace: The routed model's, from a call under ``trace_routing``.
         teacher: ``Teacher.hidden`` after a call on the same inputs.
-        valid: Bool [B, S], false at padding.
+        valid: Which rows are no padding.
     """
     made = {}
     for path, block in trace.items():
         assert block.output is not None
         ours, theirs = block.output.float(), teacher[path].float()  # [B, S, D]
-        made[path] = (mean_valid((ours - theirs).square().sum(-1), valid)
-                      / mean_valid(theirs.square().sum(-1), valid))
+        rows = valid_of(valid, path)
+        made[path] = (mean_valid((ours - theirs).square().sum(-1), rows)
+                      / mean_valid(theirs.square().sum(-1), rows))
     return made

@@ -4,25 +4,30 @@ Top-k over a sequence looks ahead. A router that is also trained to say by the s
 the K decides without it: a row enters where sigmoid(logit) > 0.5.
 """
 
-__all__ = ["check_finite", "logits_of", "mean_valid", "membership_loss", "routing_accuracy", "routing_losses"]
+__all__ = ["Valid", "check_finite", "logits_of", "mean_valid", "membership_loss", "routing_accuracy", "routing_losses",
+           "valid_of"]
 
 from collections.abc import Callable, Mapping
 
 import torch
 from torch.nn import functional as F
 
-from modcompile.errors import ModcompileError
+from modcompile.errors import ModcompileError, UsageError
 from modcompile.trace import BlockTrace, RoutingTrace
 
 # B batch  S rows  D model dim (for the sequence axis, 1 and B stand for B and S)
 
+# Bool [B, S] of tokens, false at padding. Or by block, where they have not all the same rows, as in an encoder and its
+# decoder: the rows of a block that is not named are all valid, as are all without any.
+Valid = torch.Tensor | Mapping[str, torch.Tensor] | None
 
-def routing_losses(trace: RoutingTrace, valid: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+
+def routing_losses(trace: RoutingTrace, valid: Valid = None) -> dict[str, torch.Tensor]:
     """Each routed block's binary cross-entropy of logits [B, S] against "is among the K", a mean over valid rows.
 
     Args:
         trace: From a call under ``trace_routing``.
-        valid: Bool [B, S] of tokens, false at padding; None: all are valid.
+        valid: Which rows are no padding, see ``Valid``.
 
     Example:
         >>> import modcompile as mc
@@ -33,12 +38,13 @@ def routing_losses(trace: RoutingTrace, valid: torch.Tensor | None = None) -> di
         >>> loss = out.square().mean() + 0.01 * sum(routing_losses(trace).values())
         >>> loss.backward()
     """
-    return {path: membership_loss(logits_of(block), block.taken(), valid) for path, block in trace.items()}
+    return {path: membership_loss(logits_of(block), block.taken(), valid_of(valid, path))
+            for path, block in trace.items()}
 
 
-def routing_accuracy(trace: RoutingTrace, valid: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+def routing_accuracy(trace: RoutingTrace, valid: Valid = None) -> dict[str, torch.Tensor]:
     """The share of valid rows for which the sign of the logit says whether the row is among the K, by block."""
-    return {path: mean_valid(((logits_of(block) > 0) == block.taken()).float(), valid)
+    return {path: mean_valid(((logits_of(block) > 0) == block.taken()).float(), valid_of(valid, path))
             for path, block in trace.items()}
 
 
@@ -53,14 +59,27 @@ def logits_of(block: BlockTrace) -> torch.Tensor:
     return block.logits
 
 
+def valid_of(valid: Valid, path: str) -> torch.Tensor | None:
+    """The rows of one block that are no padding."""
+    return valid if valid is None or isinstance(valid, torch.Tensor) else valid.get(path)
+
+
 def mean_valid(values: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """The mean over valid rows of values [B, S], or for the sequence axis [1, B] under a mask [B, S]."""
+    """The mean over valid rows of values [B, S], or for the sequence axis [1, B] under a mask [B, S].
+
+    Raises:
+        UsageError: The mask is of other rows.
+    """
     if valid is None:
         return values.mean()
     mask = valid.bool()
     if mask.shape != values.shape:
         # A sequence is valid if any of its tokens is.
         mask = mask.any(1).unsqueeze(0)
+    if mask.shape != values.shape:
+        raise UsageError("the padding mask is not of these rows", expected=f"bool {list(values.shape)}",
+                         found=f"{valid.dtype} {list(valid.shape)}", where="valid",
+                         fix="give masks by block: those of an encoder are not its decoder's")
     return values.where(mask, 0.0).sum() / mask.sum().clamp(min=1)
 
 

@@ -13,7 +13,7 @@ from modcompile.errors import UsageError
 from modcompile.model import MoDModel
 from modcompile.routers import MlpRouter, Router
 from modcompile.trace import RoutingTrace
-from modcompile.training.losses import mean_valid, membership_loss
+from modcompile.training.losses import Valid, mean_valid, membership_loss, valid_of
 
 
 class Predictors(nn.Module):
@@ -55,15 +55,15 @@ class Predictors(nn.Module):
             made[path] = network(seen.detach())
         return made
 
-    def losses(self, trace: RoutingTrace, valid: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Each block's binary cross-entropy, a mean over the rows that ``valid`` [B, S] is true at."""
-        return {path: membership_loss(logits, trace[path].taken(), valid)
+    def losses(self, trace: RoutingTrace, valid: Valid = None) -> dict[str, torch.Tensor]:
+        """Each block's binary cross-entropy, a mean over valid rows."""
+        return {path: membership_loss(logits, trace[path].taken(), valid_of(valid, path))
                 for path, logits in self.logits(trace).items()}
 
     @torch.no_grad()
-    def accuracy(self, trace: RoutingTrace, valid: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    def accuracy(self, trace: RoutingTrace, valid: Valid = None) -> dict[str, torch.Tensor]:
         """The share of valid rows that are predicted right, by block."""
-        return {path: mean_valid(((logits > 0) == trace[path].taken()).float(), valid)
+        return {path: mean_valid(((logits > 0) == trace[path].taken()).float(), valid_of(valid, path))
                 for path, logits in self.logits(trace).items()}
 
 

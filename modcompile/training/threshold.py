@@ -11,7 +11,7 @@ from torch import nn
 from modcompile.errors import UsageError
 from modcompile.model import MoDModel
 from modcompile.trace import RoutingTrace
-from modcompile.training.losses import logits_of
+from modcompile.training.losses import Valid, logits_of, valid_of
 
 # Where all rows were taken: below every logit that is a number.
 NO_THRESHOLD = torch.finfo(torch.float32).min
@@ -41,22 +41,28 @@ class QuantileThresholds(nn.Module):
         self.register_buffer("values", torch.full((len(self.paths),), torch.nan, device=device))
 
     @torch.no_grad()
-    def update(self, trace: RoutingTrace, valid: torch.Tensor | None = None) -> None:
+    def update(self, trace: RoutingTrace, valid: Valid = None) -> None:
         """Takes the logits of a call in.
 
         Args:
             trace: From a call under ``trace_routing``.
-            valid: Bool [B, S], false at padding.
+            valid: Which rows are no padding. A batch of which every valid row was taken, for its sequences are so
+                short, tells nothing of a threshold.
         """
         for i, path in enumerate(self.paths):
-            logits = logits_of(trace[path])
-            taken = trace[path].taken()
-            if valid is not None and valid.shape == logits.shape:
-                logits, taken = logits[valid.bool()], taken[valid.bool()]
+            logits, taken, rows = logits_of(trace[path]), trace[path].taken(), valid_of(valid, path)
+            slots = trace[path].positions
+            is_full = slots is not None and slots.shape[1] == logits.shape[1]
+            if rows is not None and rows.shape == logits.shape:
+                logits, taken = logits[rows.bool()], taken[rows.bool()]
             # Halfway between two logits of the whole batch: so that as many are above as were taken.
             ordered, last = logits.flatten().sort(descending=True).values, int(taken.sum())
-            border = ordered[max(last - 1, 0):last + 1].mean() if last < len(ordered) else \
-                ordered.new_tensor(NO_THRESHOLD)
+            if is_full:
+                border = ordered.new_tensor(NO_THRESHOLD)
+            elif last < len(ordered):
+                border = ordered[max(last - 1, 0):last + 1].mean()
+            else:
+                continue
             old = self.values[i]
             known = (old > NO_THRESHOLD) & (border > NO_THRESHOLD)
             self.values[i] = torch.where(known, self.decay * old + (1 - self.decay) * border, border)

@@ -64,7 +64,7 @@ class WithLoss(nn.Module):
         # An encoder's mask says nothing of a decoder's rows.
         logits = next((spec for spec in mod.outputs if spec.name == "logits"), mod.outputs[0])
         self._logits_padded = logits.shape[:2] == padded_dims(mod, config)
-        self._rows_padded = isinstance(mod, MoDModel) and padded_blocks(mod) == mod.routers.keys()
+        self._padded = padded_blocks(mod) if isinstance(mod, MoDModel) else frozenset[str]()
         self.step, self.losses = 0, dict[str, torch.Tensor]()
         self.register_state_dict_post_hook(_drop_aliases)
         self.register_load_state_dict_pre_hook(_add_aliases)
@@ -125,7 +125,7 @@ class WithLoss(nn.Module):
         if not self.training:
             return {}
         mask, blocks = self._valid(inputs), len(trace)
-        valid = mask if self._rows_padded else None
+        valid = dict.fromkeys(self._padded, mask) if mask is not None else None
         losses: dict[str, torch.Tensor] = {}
 
         def add(kind: str, weight: float, values: dict[str, torch.Tensor]) -> None:

@@ -157,6 +157,30 @@ def test_thresholds_follow_the_quantile(mod, trace):
         QuantileThresholds(mod, decay=1.0)
 
 
+def test_a_batch_whose_rows_were_all_taken_tells_nothing_of_a_threshold(mod, trace):
+    """Sequences so short that no row was left out."""
+    thresholds = QuantileThresholds(mod, decay=0.75)
+    short = RoutingTrace({path: BlockTrace(block.logits, block.positions, block.filled)
+                          for path, block in trace.items()})
+    chosen = {path: block.taken() for path, block in trace.items()}
+    thresholds.update(short, chosen)
+    assert thresholds.values.isnan().all()
+    thresholds.update(trace, VALID)
+    before = thresholds.values.clone()
+    thresholds.update(short, chosen)
+    thresholds.update(short, {path: torch.zeros_like(taken) for path, taken in chosen.items()})
+    assert torch.equal(thresholds.values, before)
+
+
+def test_masks_by_block(mod, trace):
+    """Such as an encoder's, which says nothing of its decoder's rows."""
+    one = routing_losses(trace, {"layers.1": VALID})
+    assert one["layers.1"] == routing_losses(trace, VALID)["layers.1"]
+    assert one["layers.0"] == routing_losses(trace)["layers.0"] != routing_losses(trace, VALID)["layers.0"]
+    with pytest.raises(UsageError, match="not of these rows"):
+        routing_losses(trace, VALID[:1, :4])
+
+
 # NaN
 
 

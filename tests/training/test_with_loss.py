@@ -58,6 +58,44 @@ def mod():
                                      MoDConfig(capacity_ratio=0.25, gate="sigmoid")))
 
 
+class Translation(nn.Module):
+    """An encoder under a padding mask, and a decoder, of another length, that has none."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(17, 8), nn.Linear(8, 17, bias=False)
+        self.encoder, self.decoder = Stack(Attention(), Attention()), Stack(Attention(), Mlp())
+
+    def forward(self, input_ids, attention_mask, decoder_input_ids):
+        seen = self.encoder(self.words(input_ids), attention_mask)
+        keep = (attention_mask != 0)[..., None]
+        mean = (seen * keep).sum(1, keepdim=True) / keep.sum(1, keepdim=True)
+        return {"logits": self.head(self.decoder(self.words(decoder_input_ids) + mean))}
+
+
+def test_padding_counts_where_the_mask_is_of_a_blocks_rows():
+    ids, mask, answer = IDS[:, :20], MASK[:, 10:30], IDS[:, 20:]
+    mod = randomise_routers(convert(Translation().eval(), {
+        "input_ids": ids[:2, :7], "attention_mask": mask[:2, :7], "decoder_input_ids": answer[:2, :5]},
+        MoDConfig(blocks=("encoder.layers.1", "decoder.layers.1"), capacity_ratio=0.25, gate="sigmoid")))
+    predictors, teacher = Predictors(mod), Teacher(mod)
+    model = WithLoss(mod, routing_weight=1.0, predictors=predictors, teacher=teacher, hidden_weight=1.0).train()
+    inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": answer}
+    model(labels=answer, **inputs)
+    with trace_routing(mod) as trace, torch.no_grad():
+        mod(**inputs)
+        teacher(**inputs)
+    valid = {"encoder.layers.1": mask.bool()}
+    assert not mask.bool().all()
+    for kind, expected in (("routing", routing_losses(trace, valid)), ("prediction", predictors.losses(trace, valid)),
+                           ("hidden", hidden_losses(trace, teacher.hidden, valid))):
+        for path, value in expected.items():
+            assert torch.allclose(model.losses[f"{kind} of {path}"], value / 2, atol=1e-6), (kind, path)
+        everywhere = {"routing": routing_losses(trace), "prediction": predictors.losses(trace),
+                      "hidden": hidden_losses(trace, teacher.hidden)}[kind]
+        assert not torch.allclose(expected["encoder.layers.1"], everywhere["encoder.layers.1"], rtol=1e-4)
+
+
 def test_what_is_added_up(mod):
     predictors, teacher = Predictors(mod), Teacher(mod)
     model = WithLoss(mod, routing_weight=0.1, predictors=predictors, teacher=teacher, logits_weight=0.5,
