@@ -40,7 +40,7 @@ import modcompile
 from modcompile.config import capacity
 from modcompile.errors import IntegrityError, RuntimeUnavailableError, UsageError
 from modcompile.files import check_relative_path, hash_file, list_files, read_file
-from modcompile.spec import Dim, TensorSpec
+from modcompile.spec import Dim, TensorSpec, dim_at
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -114,7 +114,7 @@ class RoutedBlock(_Record):
 
     def at(self, sizes: Mapping[str, int]) -> "RoutedBlock":
         """This block in an engine whose symbols have these sizes; symbols that are not named stay symbols."""
-        rows = sizes.get(self.rows, self.rows) if isinstance(self.rows, str) else self.rows
+        rows = dim_at(self.rows, sizes)
         fixed = self.capacity_for(rows) if isinstance(rows, int) else None
         return self.model_copy(update={"rows": rows, "capacity": fixed})
 

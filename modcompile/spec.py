@@ -1,5 +1,8 @@
 """What a graph or an engine takes and gives: named tensors whose dims are numbers or symbols. Needs no torch."""
 
+import ast
+import operator
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -7,10 +10,41 @@ from pydantic import BaseModel, ConfigDict, Field
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Dim", "TensorSpec", "dtype_from_name", "dtype_name"]
+__all__ = ["Dim", "TensorSpec", "dim_at", "dtype_from_name", "dtype_name"]
 
 # A number where the size is fixed, a symbol's name ("batch", "sequence") or an expression of them where it varies.
 Dim = Annotated[int, Field(gt=0)] | Annotated[str, Field(min_length=1)]
+
+
+_ARITHMETIC: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
+
+
+def dim_at(dim: int | str, sizes: Mapping[str, int]) -> int | str:
+    """A dim where the symbols have these sizes; itself, where one of them has none.
+
+    Example:
+        >>> dim_at("sequence + 1", {"sequence": 8}), dim_at("2*sequence", {}), dim_at(3, {})
+        (9, '2*sequence', 3)
+    """
+    def value(node: ast.expr) -> int:
+        match node:
+            case ast.Constant(int(number)):
+                return number
+            case ast.Name(name):
+                return sizes[name]
+            case ast.UnaryOp(ast.USub(), operand):
+                return -value(operand)
+            case ast.BinOp(left, op, right):
+                return _ARITHMETIC[type(op)](value(left), value(right))
+        raise KeyError(ast.unparse(node))
+
+    if isinstance(dim, int):
+        return dim
+    try:
+        return value(ast.parse(dim, mode="eval").body)
+    except (KeyError, SyntaxError, ZeroDivisionError):
+        return dim
 
 
 def dtype_name(dtype: "torch.dtype") -> str:

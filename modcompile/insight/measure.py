@@ -106,7 +106,7 @@ class BlockFacts:
         path: Its module path; ``routed``: whether it is routed.
         rows: S, or B where sequences are routed; ``capacity``: how many of them enter.
         flops: Of one call, with its router's; ``dense_flops``: of the block in the dense model.
-        rate: The share of rows that went through; 1 for a block that is not routed.
+        rate: The share of rows that went through; 1 for a block that is not routed, 0 for one that is left out.
         empty: The share of slots that no valid row filled.
     """
 
@@ -223,6 +223,15 @@ class _Call:
     valid: torch.Tensor
 
 
+def _check_rows(mod: MoDModel, words: str) -> None:
+    """Refuses a model that routes other rows than those of the words, such as a patch or a class token more."""
+    rows = next(spec.shape[1] for spec in mod.inputs if spec.name == words)
+    other = next((block for block in mod.routed_blocks if mod.config.axis == "token" and block.rows != rows), None)
+    if other is not None:
+        raise UsageError("the routed rows are not the words'", expected=f"{rows} rows, as {words} has them",
+                         found=f"{other.rows} rows in block {other.path}", where="measure")
+
+
 class _Measurement:
     """The work of one ``measure``."""
 
@@ -230,6 +239,7 @@ class _Measurement:
         self.mod, self.passages, self.say = mod, list(passages), say
         self.device = next(iter(mod.tensors().values())).device
         self.words = _words_input(mod)
+        _check_rows(mod, self.words)
         self.limit = index_limits(mod)[self.words]
         self.calls = [self._call(self.passages[at:at + batch], pad) for at in range(0, len(self.passages), batch)]
         self.dense = dense_model(mod)
@@ -272,12 +282,19 @@ class _Measurement:
         variants = tuple(Variant(name, flops[name][""], quality[name].loss, quality[name].deviation)
                          for name in quality)
         capacities = {block.path: block.at(sizes) for block in mod.routed_blocks}
-        blocks = tuple(BlockFacts(
-            path, path in capacities, *((int(capacities[path].rows), capacities[path].capacity or 0)
-                                        if path in capacities else (first.ids.shape[1],) * 2),
-            flops["routed"].get(path, 0), flops["dense"].get(path, 0),
-            *((float(taken[list(capacities).index(path)].mean()), 1 - filled[path] / slots[path])
-              if path in capacities else ())) for path in block_paths(mod))
+
+        def facts(path: str) -> BlockFacts:
+            length = first.ids.shape[1]
+            rows, capacity, rate, empty = length, length, 1.0, 0.0
+            if path in capacities:
+                rows, capacity = int(capacities[path].rows), capacities[path].capacity or 0
+                rate, empty = float(taken[list(capacities).index(path)].mean()), 1 - filled[path] / slots[path]
+            elif path in mod.config.dropped:
+                capacity, rate = 0, 0.0
+            return BlockFacts(path, path in capacities, rows, capacity, flops["routed"].get(path, 0),
+                              flops["dense"].get(path, 0), rate, empty)
+
+        blocks = tuple(map(facts, block_paths(mod)))
         rows = sum(call.valid.numel() for call in self.calls)
         return Insight(
             options=mod.config.model_dump(mode="json"), sizes=sizes, padding=1 - taken.shape[1] / rows,

@@ -162,6 +162,34 @@ def test_errors(made, message):
         made()
 
 
+def test_a_block_that_is_left_out_takes_no_rows():
+    insight = measure(routed(blocks=("layers.1",), dropped=("layers.2",)), passages(16))
+    facts = {block.path: block for block in insight.blocks}
+    assert (facts["layers.2"].rate, facts["layers.2"].capacity, facts["layers.2"].flops) == (0.0, 0, 0)
+    assert facts["layers.0"].rate == 1 and facts["layers.0"].capacity == 16 and 0 < facts["layers.1"].rate < 1
+
+
+def test_rows_that_are_no_words_rows():
+    """A row more than words, as a class token makes it."""
+    class Classified(Reader):
+        def forward(self, input_ids, attention_mask):
+            x = self.words(input_ids)
+            x = torch.cat([x.mean(1, keepdim=True), x], 1)
+            keep = torch.cat([attention_mask[:, :1], attention_mask], 1)[:, None, None, :] != 0
+            for layer in self.layers:
+                x = layer(x, keep)
+            return self.head(x[:, 0])
+
+    ids = torch.randint(WORDS, (2, 9))
+    mod = randomise_routers(convert(Classified(False, True).eval(), (ids, torch.ones_like(ids)),
+                                    MoDConfig(blocks=(1,), capacity_ratio=0.5)))
+    (block,) = mod.routed_blocks
+    at = block.at({"sequence": 8})
+    assert (block.rows, at.rows, at.capacity) == ("sequence + 1", 9, 5)
+    with pytest.raises(UsageError, match=r"(?s)not the words'.*sequence \+ 1 rows in block layers\.1"):
+        measure(mod, passages(9))
+
+
 def test_the_mode_of_the_model_is_put_back():
     mod = routed().train()
     measure(mod, passages(9))
