@@ -105,6 +105,42 @@ def test_plain_module_and_odd_path(tmp_path):
     np.testing.assert_allclose(run(path, {"input": x})[0], model(x).detach().numpy(), atol=1e-6)
 
 
+class Product(nn.Module):
+    """Rows times a square matrix, which a mistaken transposition would fit too."""
+
+    def __init__(self, product):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(7, 7, generator=torch.Generator().manual_seed(0)))
+        self.product = product
+
+    def forward(self, x):
+        return self.product(x, self.weight)
+
+
+@pytest.mark.parametrize("product", [
+    lambda x, w: torch.tensordot(x, w, 1),
+    lambda x, w: torch.tensordot(x, w, 1) + 1,
+    lambda x, w: x @ w.permute(0, 1) + 1,
+    lambda x, w: x @ w.permute(1, 0) + 1,
+    lambda x, w: x @ w.T,
+    lambda x, w: (x @ w.mT).mT + 0,
+    lambda x, w: x @ w.adjoint(),
+    lambda x, w: (x @ w.H).swapaxes(0, 1),
+    lambda x, w: (x @ w.swapdims(0, 1)).movedim(1, 0),
+    lambda x, w: (x @ w).moveaxis((0, 1), (1, 0)).movedim((0, 2), (2, 0)),
+    lambda x, w: torch.square(x),
+    lambda x, w: torch.nan_to_num(x),
+    lambda x, w: torch.inner(x, w),
+], ids=["tensordot", "tensordot-inside", "permute-none", "permute", "T", "mT", "adjoint", "H-swapaxes", "movedim",
+        "moveaxis", "square", "nan_to_num", "inner"])
+@torch.no_grad()
+def test_products_transposed_and_decomposed(product, tmp_path):
+    """Under every name that torch has for it; what is decomposed may be an output."""
+    model, x = Product(product).eval(), torch.randn(3, 5, 7)
+    path = export_onnx(model, tmp_path / "model.onnx", example_inputs=(torch.randn(2, 9, 7),))
+    np.testing.assert_allclose(run(path, {"x": x})[0], model(x).numpy(), atol=1e-5)
+
+
 def test_dims_and_nodes_are_named(graphs, tmp_path):
     model = onnx.load(export_onnx(graphs["encoder"], tmp_path / "model.onnx"))
     dims = [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.input]

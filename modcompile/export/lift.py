@@ -31,6 +31,10 @@ from modcompile.export.flatten import inline
 aten = torch.ops.aten
 
 
+# Other names of permute and transpose, which no table of decompositions has.
+_ALIASES = frozenset({aten.adjoint.default, aten.matrix_H.default, aten.mH.default, aten.moveaxis.int,
+                      aten.moveaxis.intlist, aten.movedim.int, aten.movedim.intlist, aten.mT.default,
+                      aten.numpy_T.default, aten.swapaxes.default, aten.swapdims.default})
 # Ops as the translator sees them. It evaluates every node once more, and the real ones decompose when they are.
 _LIBRARY = torch.library.Library("modcompile_export", "FRAGMENT")
 _LIBRARY.define("gather_rows(Tensor x, Tensor positions) -> Tensor")
@@ -110,6 +114,11 @@ class _LiftedProgram(ExportedProgram):
         for node in list(self.graph.nodes):
             if node.op == "call_function" and node.target in decomp_table:
                 _decompose(node, decomp_table[node.target], decomp_table)
+            elif node.op == "call_function" and node.target in _ALIASES:
+                _decompose(node, node.target.decompose, decomp_table)
+        # An output may have been decomposed.
+        for spec, value in zip(self.graph_signature.output_specs, self.graph.output_node().args[0], strict=True):
+            spec.arg = TensorArgument(value.name)
         self.graph_module.recompile()
         return self
 

@@ -48,7 +48,7 @@ def _store_transposed(graph: ir.Graph) -> None:
     for weight in list(graph.initializers.values()):
         users = [node for node, _ in weight.uses()]
         tensor = weight.const_value
-        if tensor is None or len(tensor.shape) != 2 or not users or any(node.op_type != "Transpose" for node in users):
+        if tensor is None or len(tensor.shape) != 2 or not users or not all(map(_swaps, users)):
             continue
         weight.shape = ir.Shape(tuple(reversed(tensor.shape.numpy())))
         # Evaluated when the file is written, one weight at a time.
@@ -56,6 +56,11 @@ def _store_transposed(graph: ir.Graph) -> None:
                                            shape=weight.shape, name=weight.name)
         for node in users:
             _replace(graph, node, weight)
+
+
+def _swaps(node: ir.Node) -> bool:
+    """Whether a node swaps the dims of a matrix. Without an order it does."""
+    return node.op_type == "Transpose" and list(node.attributes.get_ints("perm", [1, 0])) == [1, 0]
 
 
 def _transposed(tensor: ir.TensorProtocol) -> ir.Tensor:

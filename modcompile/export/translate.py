@@ -11,7 +11,7 @@ import torch
 from torch.export import ExportedProgram
 
 from modcompile.errors import UnsupportedGraphError
-from modcompile.export.lowerings import lowerings
+from modcompile.export.lowerings import ONNX_FUSED_OPSET, lowerings
 from modcompile.export.simplify import simplify
 from modcompile.spec import TensorSpec
 
@@ -50,7 +50,8 @@ def translate(program: ExportedProgram, *, opset: int, inputs: Sequence[TensorSp
             cause = cause.__cause__
         raise UnsupportedGraphError("the graph has an op without an ONNX form", found=cause,
                                     expected=f"ops that torch.onnx translates to opset {opset}",
-                                    fix="replace the op in the model, or export with a later opset") from error
+                                    fix="replace the op in the model"
+                                    + (", or export with a later opset" if opset < ONNX_FUSED_OPSET else "")) from error
     assert onnx_program is not None
     model = onnx_program.model
     simplify(model)
