@@ -190,7 +190,8 @@ def select_blocks(report: BlockReport, config: MoDConfig) -> list[str]:
         raise UsageError("the model has no block that can be routed", found=reasons, where="find_blocks",
                          expected="at least two numbered sub-modules that map a hidden state [B, S, D] to one of the "
                          "same shape",
-                         fix="put the layers into an nn.ModuleList; modcompile inspect shows what was found")
+                         fix="modcompile inspect shows what was found" if report.blocks else
+                         "put the layers into an nn.ModuleList")
     if config.blocks in ("every-other", "all"):
         chosen = {b.path for blocks in report.groups.values()
                   for i, b in enumerate(b for b in blocks if b.routable) if config.blocks == "all" or i % 2 == 1}

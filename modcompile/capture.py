@@ -68,6 +68,7 @@ def capture(model: nn.Module, example_inputs: dict | tuple | torch.Tensor, *, dy
                                            dynamic_shapes=pytree.tree_map(_auto, arguments) if dynamic else None)
     except Exception as error:
         message = str(error).strip().partition("\n")[0]
+        _check_takes(model, arguments)
         raise UnsupportedGraphError("torch.export cannot trace the model", found=f"{type(error).__name__}: {message}",
                                     where=type(model).__name__,
                                     expected="a forward without data-dependent control flow",
@@ -97,6 +98,23 @@ def capture(model: nn.Module, example_inputs: dict | tuple | torch.Tensor, *, dy
     manager(graph_module)
     made.passes = manager.ran
     return made
+
+
+def _check_takes(model: nn.Module, arguments: dict[str, Any]) -> None:
+    """Refuses example inputs that the model itself does not take.
+
+    Raises:
+        UsageError: A call of the model fails, with its reason.
+    """
+    try:
+        with torch.no_grad():
+            model(**arguments)
+    except Exception as error:
+        message = str(error).strip().partition("\n")[0]
+        raise UsageError("the model does not take the example inputs", found=f"{type(error).__name__}: {message}",
+                         expected=f"arguments of {type(model).__name__}.forward", where=", ".join(arguments),
+                         fix="call the model with them first; the command line takes package.module:function for a "
+                         "model and its inputs") from error
 
 
 def _checked(graph: GraphModel, example_inputs: dict | tuple | torch.Tensor, dynamic: bool) -> GraphModel:
@@ -142,8 +160,9 @@ def _bind(model: nn.Module, example_inputs: dict | tuple | torch.Tensor) -> tupl
             arguments[name] = value
     arguments = {name: value for name, value in arguments.items() if value is not None}
     if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(arguments)):
-        raise UsageError("example_inputs hold no tensor", expected="at least one tensor",
-                         found=", ".join(arguments) or "nothing", where="example_inputs")
+        kinds = ", ".join(f"{name} {type(value).__name__}" for name, value in arguments.items())
+        raise UsageError("example_inputs hold no tensor", expected="at least one tensor of torch",
+                         found=kinds or "nothing", where="example_inputs", fix="torch.as_tensor(value) for an array")
     return parameters, arguments
 
 

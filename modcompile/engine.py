@@ -13,6 +13,7 @@ import functools
 import importlib
 import inspect
 import os
+import re
 import shutil
 import sys
 from abc import ABC, abstractmethod
@@ -188,6 +189,10 @@ class Engine(ABC):
             if memory := self._ran_out(error):
                 raise ModcompileError(f"there is too little memory for a run of the engine on {runtime}",
                                       found=f"{shapes}: {memory}", where=self.folder, fix=MORE_MEMORY) from error
+            if _BEYOND.search(str(error)):
+                raise UsageError("an input holds an index that the model has nothing for", found=f"{shapes}: {error}",
+                                 expected="words of the vocabulary, and no more rows than the model has positions",
+                                 where=self.folder) from error
             raise ModcompileError(f"{runtime} failed to run the engine", expected=", ".join(map(str, self.inputs)),
                                   found=f"{shapes}: {error}", where=self.folder) from error
 
@@ -270,6 +275,9 @@ def build_engine(mod_or_onnx: Any, path: str | os.PathLike, *, runtime: str = "o
         if exports:
             shutil.rmtree(exported)
         write_manifest(folder, fields)
+        if chosen["load"]:
+            # What is asked for may not be had: better said before an engine that is there is replaced.
+            load_engine(folder, **chosen["load"]).close()
     return load_engine(path, **chosen["load"])
 
 
@@ -348,6 +356,8 @@ def _backend(runtime: str) -> Backend:
     return cast(Backend, backend)
 
 
+# How runtimes say that a table has no row of an index.
+_BEYOND = re.compile(r"out of (data )?bounds|index out of range", re.IGNORECASE)
 # Parameters of the stages that are no options: build_engine gives them.
 _FIXED = {"model", "path", "onnx_path", "folder", "manifest", "runtime", "precision", "shapes", "external_data"}
 

@@ -64,6 +64,9 @@ def pack_tree(value: Any, leaves: list, names: list[str], name: str = "") -> Tre
     if type(value) is dict:
         return {"dict": children(value.items())}
     path = f"{type(value).__module__}.{type(value).__qualname__}"
+    if path == "numpy.ndarray":
+        raise UsageError("an array is given for a tensor", expected="a tensor of torch", found=path, where=name,
+                         fix=f"torch.as_tensor({name or 'value'})")
     if isinstance(value, dict):
         return {"class": path, "fields": children((k, v) for k, v in value.items() if v is not None)}
     if isinstance(value, tuple) and hasattr(value, "_fields"):

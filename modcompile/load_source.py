@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from modcompile.errors import IntegrityError, RuntimeUnavailableError, UsageError
+from modcompile.errors import IntegrityError, ModcompileError, RuntimeUnavailableError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -188,7 +188,17 @@ def _from_function(name: str) -> Source:
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError("the function cannot be imported", expected="package.module:function", found=error, where=name,
                          fix="run the command where the module lies, or install it") from error
-    result = function()
+    except Exception as error:
+        raise UsageError("the module fails when it is imported", found=f"{type(error).__name__}: {error}", where=name,
+                         expected="package.module:function", fix=f"python -c 'import {module_name}'") from error
+    try:
+        result = function()
+    except ModcompileError:
+        raise
+    except Exception as error:
+        raise UsageError("the function fails", expected="one without arguments that returns (model, example_inputs)",
+                         found=f"{type(error).__name__}: {error}", where=name,
+                         fix=f"python -c 'import {module_name}; {module_name}.{function_name}()'") from error
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], torch.nn.Module)):
         kinds = [type(item).__name__ for item in result] if isinstance(result, tuple) else type(result).__name__
         raise UsageError("the function returns something else", expected="(model, example_inputs)", found=kinds,

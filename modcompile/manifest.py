@@ -295,6 +295,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise UsageError("there is no engine folder at this path", expected=f"a folder with {MANIFEST_NAME}",
                          found="a file" if path.parent.exists() else "nothing", where=folder,
                          fix="build one with modcompile.build_engine or `modcompile build`")
+    if not path.exists() and any((path.parent / name).exists() for name in ("modcompile.json", "config.json")):
+        raise UsageError("the folder holds a model, and no engine", expected=f"a folder with {MANIFEST_NAME}",
+                         found=folder, where=folder, fix="build one with modcompile.build_engine or `modcompile build`")
     content = read_file(path, _LIMIT_BYTES)
     seal = _SEAL.match(content)
     if seal is None or _seal(content) != content:

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from tiny import Mlp, Stack
@@ -184,6 +185,7 @@ def test_what_a_call_may_not_be():
     ({}, "example_inputs do not fit the model's forward"),
     ({"hiden": torch.zeros(2, 5, 8)}, "example_inputs do not fit the model's forward"),
     ({"hidden": 3}, "example_inputs hold no tensor"),
+    ({"hidden": np.zeros((2, 5, 8))}, "example_inputs hold no tensor"),
     ({"hidden": torch.zeros(0, 5, 8)}, "an example input is empty"),
 ])
 def test_examples_that_do_not_fit(example, problem):
@@ -191,6 +193,14 @@ def test_examples_that_do_not_fit(example, problem):
     with pytest.raises(UsageError) as caught:
         capture(model, example)
     assert caught.value.problem == problem and caught.value.details["where"] == "example_inputs"
+
+
+def test_examples_that_the_model_itself_does_not_take():
+    """Not a word of tracing: the call fails as well."""
+    with pytest.raises(UsageError, match=r"(?s)does not take the example inputs.*RuntimeError.*where: hidden"):
+        capture(Stack(Mlp()), {"hidden": torch.randn(2, 5, 9)})
+    with pytest.raises(UsageError, match=r"(?s)array is given for a tensor.*torch.as_tensor\(hidden\)"):
+        capture(Stack(Mlp()), {"hidden": torch.randn(2, 5, 8)})(hidden=np.zeros((2, 5, 8), np.float32))
 
 
 # Graphs
@@ -425,7 +435,7 @@ def test_the_source_stays_in_its_modes():
     modes = [module.training for module in model.modules()]
     assert not capture(model, (rows(2, 5, 8),)).training
     assert [module.training for module in model.modules()] == modes
-    with pytest.raises(UnsupportedGraphError):
+    with pytest.raises(UsageError):
         capture(model, (rows(2, 5, 9),))
     assert [module.training for module in model.modules()] == modes
 

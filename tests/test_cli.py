@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import re
+import shutil
 import typing
 
 import numpy as np
@@ -327,6 +328,11 @@ def test_run_with_files(call, report, engine, tmp_path):
     np.save(tmp_path / "ids.npy", ids)
     np.savez(tmp_path / "all.npz", input_ids=ids, attention_mask=np.ones_like(ids))
     by_name = ["--input", f"input_ids={tmp_path}/ids.npy", "--random", "--shape", "attention_mask=2x7"]
+    (tmp_path / "a=b").mkdir()
+    shutil.copy(tmp_path / "ids.npy", tmp_path / "a=b")
+    report("run", engine, "--input", f"input_ids={tmp_path}/a=b/ids.npy", *by_name[2:])
+    shutil.copy(tmp_path / "all.npz", tmp_path / "a=b")
+    report("run", engine, "--input", f"{tmp_path}/a=b/all.npz")
     report("run", engine, *by_name, "-o", tmp_path / "first.npz")
     report("run", engine, "--input", f"{tmp_path}/all.npz", "-o", tmp_path / "second.npz")
     with np.load(tmp_path / "first.npz") as first, np.load(tmp_path / "second.npz") as second:
@@ -337,11 +343,17 @@ def test_run_refuses_what_it_cannot_read(call, engine, tmp_path):
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
     np.savez(tmp_path / "all.npz", input_ids=np.ones((2, 7), np.int64))
     (tmp_path / "empty.npy").touch()
+    whole = (tmp_path / "all.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[:-40])
+    (tmp_path / "flipped.npz").write_bytes(whole[:140] + bytes([whole[140] ^ 1]) + whole[141:])
     for text in ("input_ids=nosuch.npy", f"input_ids={tmp_path}/objects.npy", f"input_ids={tmp_path}/empty.npy",
-                 f"input_ids={tmp_path}/all.npz", f"{tmp_path}/empty.npy"):
+                 f"input_ids={tmp_path}/all.npz", f"{tmp_path}/empty.npy", f"{tmp_path}/cut.npz",
+                 f"{tmp_path}/flipped.npz", "nosuch.npz"):
         code, _, err = call("run", engine, "--input", text)
         assert code == 2, err
         assert err.startswith("error: ")
+    code, _, err = call("run", engine, *["--input", f"{tmp_path}/all.npz"] * 2)
+    assert (code, "given twice" in err) == (2, True)
     code, _, err = call("run", engine, "--input", f"{tmp_path}/all.npz")
     assert (code, "attention_mask is missing" in err) == (2, True)
     code, _, err = call("run", engine, "--shape", "input_ids=2x7")

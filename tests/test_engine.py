@@ -13,6 +13,7 @@ from torch import nn
 
 import modcompile.engine
 from modcompile.bench import benchmark
+from modcompile.capture import capture
 from modcompile.config import MoDConfig
 from modcompile.convert import convert
 from modcompile.engine import Engine, build_engine, load_engine
@@ -147,6 +148,40 @@ def test_options_are_checked_before_any_work(tmp_path):
     write_manifest(tmp_path, FIELDS)
     with pytest.raises(UsageError, match="found: bogus"):
         load_engine(tmp_path, bogus=1)
+
+
+@pytest.mark.parametrize("options", [
+    {"intra_op_threads": "two"}, {"optimization": "foo"}, {"session_config": {"session.x": 1}},
+    {"session_config": "fast"}], ids=lambda options: "-".join(options))
+def test_an_option_that_cannot_be_loaded_with_replaces_nothing(tmp_path, options):
+    mod = convert(Stack(Mlp(), Mlp()), (randn(2, 7, WIDTH),))
+    build_engine(mod, tmp_path / "old", shapes={"hidden": (2, 7, WIDTH)}).close()
+    before = (tmp_path / "old" / "manifest.json").read_bytes()
+    for folder in ("old", "new"):
+        with pytest.raises(UsageError, match=next(iter(options))):
+            build_engine(mod, tmp_path / folder, overwrite=True, **options)
+    assert (tmp_path / "old" / "manifest.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_model_is_no_engine(tmp_path):
+    folder = convert(Stack(Mlp(), Mlp()), (randn(2, 7, WIDTH),)).save_pretrained(tmp_path / "model")
+    with pytest.raises(UsageError, match=r"(?s)holds a model, and no engine.*modcompile build"):
+        load_engine(folder)
+
+
+def test_an_index_that_the_model_has_nothing_for(tmp_path):
+    class Words(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words = torch.nn.Embedding(17, WIDTH)
+
+        def forward(self, input_ids):
+            return self.words(input_ids)
+
+    with build_engine(capture(Words().eval(), (torch.zeros(2, 7, dtype=torch.int64),)), tmp_path / "engine") as engine:
+        with pytest.raises(UsageError, match=r"(?s)index that the model has nothing for.*vocabulary"):
+            engine.run({"input_ids": torch.full((3, 5), 17)})
 
 
 def test_a_model_is_exported_first(tmp_path, monkeypatch):

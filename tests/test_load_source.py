@@ -147,6 +147,16 @@ def test_a_function_in_the_working_folder(tmp_path, monkeypatch):
     assert source.example_inputs[0].shape == (4, 2)
     with pytest.raises(UsageError, match="returns something else"):
         load_source("my_own_model:wrong")
+    (tmp_path / "broken_model.py").write_text("def build(:\n")
+    (tmp_path / "failing_model.py").write_text("raise RuntimeError('no weights here')\n")
+    (tmp_path / "other_model.py").write_text("def build(size):\n    return size\n"
+                                             "def absent():\n    open('nosuch')\n")
+    for name, said in (("broken_model:build", "fails when it is imported.*SyntaxError"),
+                       ("failing_model:build", "fails when it is imported.*RuntimeError: no weights here"),
+                       ("other_model:build", "function fails.*TypeError.*size"),
+                       ("other_model:absent", "function fails.*FileNotFoundError")):
+        with pytest.raises(UsageError, match=f"(?s){said}.*where: {name}"):
+            load_source(name)
 
 
 def test_without_transformers(folder, monkeypatch):

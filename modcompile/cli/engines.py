@@ -4,6 +4,8 @@ __all__ = ["BENCH_EXAMPLES", "bench", "build", "package", "run", "verify"]
 
 import json
 import time
+import zipfile
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -238,17 +240,22 @@ def _read_arrays(texts: list[str] | None) -> dict[str, "np.ndarray"]:
 
     arrays: dict[str, np.ndarray] = {}
     for text in texts or ():
-        name, _, path = text.rpartition("=")
+        # A path may have a "=" in it, an input's name has none.
+        name, _, path = text.partition("=") if "=" in text and not Path(text).exists() else ("", "", text)
         try:
             # Never a pickle: an array of objects is an error.
             content = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            found = {name: content} if isinstance(content, np.ndarray) else dict(content)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise UsageError("an input cannot be read", expected="NAME=FILE.npy, or FILE.npz", found=error,
                              where=text) from error
         if isinstance(content, np.ndarray) != bool(name):
             raise UsageError("an array has a name and an archive has the names in it", found=text,
                              expected="--input NAME=FILE.npy or --input FILE.npz", where="--input")
-        arrays |= {name: content} if name else dict(content)
+        if twice := arrays.keys() & found:
+            raise UsageError("an input is given twice", found=", ".join(sorted(twice)), where=text,
+                             expected="each input once")
+        arrays |= found
     return arrays
 
 

@@ -163,7 +163,8 @@ def export(
         say("exporting")
         path = export_onnx(source.model, output, example_inputs=source.example_inputs, opset=opset, inline=inline,
                            precision=precision, shapes=shapes, external_data=external_data)
-    files = {str(file): file.stat().st_size for file in (path, path.with_name(f"{path.name}.data")) if file.exists()}
+    written = [path, *([path.with_name(f"{path.name}.data")] if external_data else [])]
+    files = {str(file): file.stat().st_size for file in written if file.exists()}
     emit(as_json, {"output": str(path), "opset": opset, "precision": precision, "files": files},
          table(f"opset {opset}, {precision}", ("file", "bytes"), [(n, engineering(size)) for n, size in files.items()]))
 

@@ -78,6 +78,9 @@ def read_passages(text: str, tokenizer: Any, *, rows: int = 256, count: int = 16
         raise UsageError("the tokenizer does not say which characters a token stands for",
                          expected="a tokenizer with offsets, which tokenizer.json gives", where="tokenizer",
                          found=type(tokenizer).__name__)
+    if rows < 2:
+        raise UsageError("passages are too short", expected="two tokens, and better some hundred", found=rows,
+                         where="rows", fix="a larger --shape input_ids=BxS")
     if by_line:
         lines = [line[:_CHARACTERS_A_TOKEN * rows] for line in text.splitlines() if line.strip()][:count]
         made = [_passage(line, tokenizer, add_special_tokens=True, truncation=True, max_length=rows) for line in lines]

@@ -82,6 +82,10 @@ def open_session(model: bytes, folder: Path, *, where: Path, providers: Sequence
         options.inter_op_num_threads = _positive(inter_op_threads, "inter_op_threads")
         options.execution_mode = onnxruntime.ExecutionMode.ORT_PARALLEL
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.absolute()))
+    if not isinstance(session_config or {}, Mapping) or not all(
+            isinstance(text, str) for entry in (session_config or {}).items() for text in entry):
+        raise UsageError("session_config does not fit", expected='texts by name, such as {"session.use_mimalloc": "1"}',
+                         found=repr(session_config), where="session_config")
     for key, value in (session_config or {}).items():
         options.add_session_config_entry(key, value)
     if custom_ops is not None:
@@ -186,4 +190,5 @@ def _not_opened(error: Exception, where: Path, providers: list[str]) -> Modcompi
     if isinstance(error, ort_errors.EPFail | RuntimeError | ValueError):
         return RuntimeUnavailableError("an execution provider did not start", expected=", ".join(providers), found=text,
                                        where=where)
-    return UnsupportedGraphError("ONNX Runtime does not run this model", found=text, where=where)
+    fix = "take another precision, or another provider" if isinstance(error, ort_errors.NotImplemented) else None
+    return UnsupportedGraphError("ONNX Runtime does not run this model", found=text, where=where, fix=fix)
