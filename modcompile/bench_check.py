@@ -10,10 +10,11 @@ In float32 ``modcompile.verify`` decides. In half precision its tolerance does n
 
 So here rows are counted: how many are far from the float32 model's in the engine, and how many in PyTorch on the same
 graph in the engine's precision. An engine may have twice PyTorch's, and a routed one a hundredth of all rows more. If
-it has more than that, or PyTorch itself has so many that counting them tells nothing, ``verify`` has the last word.
+it has more than that, ``verify`` has the last word. Where PyTorch has most of them, as with random routers in a deep
+model, any number passes, and the report says so: only ``verify``, with the engine's own choices, tells more.
 """
 
-__all__ = ["Agreement", "check", "inputs_for"]
+__all__ = ["SHOWS_LITTLE", "Agreement", "check", "inputs_for"]
 
 import dataclasses
 import math
@@ -32,8 +33,8 @@ from modcompile.verify import TOLERANCES, verify
 
 # Of all rows, where there is routing; as a relative L2 error, what that many rows make that are wholly wrong.
 _SLACK = 0.01
-# Where more of PyTorch's own rows are far, to count them tells nothing.
-_TELLING = 0.4
+# Where more of PyTorch's own rows are far, any number of far rows passes.
+SHOWS_LITTLE = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ def check(model: GraphModel, engine: Engine, inputs: Mapping[str, Any], *, route
         with evaluating(model):
             own = _compare(_in_torch(model, engine, inputs, device), expected, tolerance)
         slack = _SLACK if routed else 0.0
-        if own.far_rows <= _TELLING and found.far_rows <= 2 * own.far_rows + slack and \
+        if found.far_rows <= 2 * own.far_rows + slack and \
                 found.relative_l2 <= 2 * own.relative_l2 + math.sqrt(slack):
             return dataclasses.replace(found, torch_far_rows=own.far_rows)
     report = verify(model, engine, inputs, options=options)

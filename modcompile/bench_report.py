@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from modcompile.bench_check import SHOWS_LITTLE
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -163,6 +165,8 @@ class BenchReport:
         notes = [f"K = {counts} in {len(self.capacities)} routed blocks; routers: {self.routers}", *self.routing]
         notes += [f"{TITLES[name]}: {timing.far_rows:.2%} of the rows are far from the float32 model's; in PyTorch in "
                   f"{self.precision} {timing.torch_far_rows or 0:.2%}"
+                  + (": of the engine this shows little, see modcompile verify"
+                     if (timing.torch_far_rows or 0) > SHOWS_LITTLE else "")
                   for name, timing in self.timings.items() if timing.far_rows]
         if self.routing_us is not None:
             notes.append(f"routing: {self.routing_us:.0f} us in each routed block")

@@ -319,19 +319,19 @@ def test_an_engine_may_be_as_far_as_pytorch_in_its_precision(mod: MoDModel, monk
     assert own.dtype == torch.float16
 
 
-def test_counting_needs_rows_that_are_near(mod: MoDModel, monkeypatch):
-    """Where most of PyTorch's own rows are far, or the model drops some at random, counting would pass any engine."""
-    inputs = {"hidden": np.random.default_rng(0).standard_normal((B, S, WIDTH), np.float32),
-              "attention_mask": np.ones((B, S), np.int64)}
-
+def test_where_counting_shows_nothing_it_is_said(mod: MoDModel, builder: Builder, monkeypatch):
+    """Where most of PyTorch's own rows are far, counting passes any engine."""
     def tamper(outputs):
         outputs["output"] += 1
 
     outside = importlib.import_module("modcompile.bench_check")
     in_torch = outside._in_torch
-    monkeypatch.setattr(outside, "_in_torch", lambda *given: [value + 1 for value in in_torch(*given)])
+    builder.tamper["mod"] = tamper
     with pytest.raises(ParityError):
-        check(mod, FakeEngine(mod, tamper, "fp16"), inputs, routed=True, options={})
+        mc.benchmark(mod, shapes=SHAPES, runs=1, warmup=0, variants=("mod",), precision="fp16")
+    monkeypatch.setattr(outside, "_in_torch", lambda *given: [value + 1 for value in in_torch(*given)])
+    report = mc.benchmark(mod, shapes=SHAPES, runs=1, warmup=0, variants=("mod",), precision="fp16")
+    assert "of the engine this shows little, see modcompile verify" in shown(report)
 
 
 def test_a_model_in_training_is_compared_without_dropout():
