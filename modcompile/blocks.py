@@ -14,6 +14,7 @@ import sympy
 import torch
 import torch.fx
 
+from modcompile.attention import SOFTMAXES
 from modcompile.capture import capture
 from modcompile.config import MoDConfig
 from modcompile.errors import UsageError
@@ -280,6 +281,9 @@ def analyse_block(graph: torch.fx.Graph, path: str, siblings: list[str]) -> Bloc
         return Skip("no value enters and leaves with one shape" if not own else
                     f"{len(own)} hidden inputs: {', '.join(map(_describe, own))}; a routed block has one", path)
     hidden = own[0]
+    if rivals := _rivals(hidden, candidates, siblings):
+        return Skip(f"{1 + len(rivals)} hidden inputs: {', '.join(map(_describe, [hidden, *rivals]))}; a routed block "
+                    "has one", path)
     body = _reached(members, hidden)
     results = [n for n in body if any(user not in inside for user in n.users)]
     if len(results) != 1:
@@ -288,12 +292,31 @@ def analyse_block(graph: torch.fx.Graph, path: str, siblings: list[str]) -> Bloc
     result = results[0]
     if shape_exprs(result) != shape_exprs(hidden) or result.meta["val"].dtype != hidden.meta["val"].dtype:
         return Skip(f"the output {_describe(result)} is not shaped like the input {_describe(hidden)}", path)
+    if any(user.target is torch.ops.aten.add.Tensor and hidden in user.args for user in result.users):
+        return Skip("its residual is outside of it: rows that pass by would be added to themselves; wrap x + f(x) in "
+                    "one module", path)
     exprs = shape_exprs(hidden) or ()
     if len(exprs) != 3:
         return Skip(f"the hidden state {_describe(hidden)} is not [B, S, D]", path)
     batch, rows, width = exprs
     return (_unfit(path, body, batch, rows, width) or _late_input(path, graph, body, result)
             or _with_sides(path, hidden, result, body, batch, rows))
+
+
+def _rivals(hidden: torch.fx.Node, candidates: list[torch.fx.Node], siblings: list[str]) -> list[torch.fx.Node]:
+    """Values that may be the hidden state as well as one that only this block uses.
+
+    What all siblings use is a side input. What another block gives, or a few use, as skips over several blocks are, may
+    be the hidden state, and what only this one uses its condition.
+    """
+    def is_given(node: torch.fx.Node) -> bool:
+        return any(sibling in module_paths(node) for sibling in siblings)
+
+    def is_everyones(node: torch.fx.Node) -> bool:
+        return all(any(sibling in module_paths(user) for user in node.users) for sibling in siblings)
+
+    return [] if is_given(hidden) else [node for node in candidates if node is not hidden
+                                        and (is_given(node) or not is_everyones(node))]
 
 
 def _reached(members: list[torch.fx.Node], hidden: torch.fx.Node) -> tuple[torch.fx.Node, ...]:
@@ -309,6 +332,9 @@ def _unfit(path: str, body, batch: sympy.Expr, rows: sympy.Expr, width: sympy.Ex
     for node in body:
         if node.target is SDPA and (shape_exprs(node.args[0]) or ())[-2] == batch:
             return Skip("attention runs along dim 0 of the hidden state, which is [S, B, D]; a routed block has "
+                        "[B, S, D] (batch_first=True)", path)
+        if node.target in SOFTMAXES and (shape_exprs(node) or ())[node.args[1]] == batch:
+            return Skip("a softmax runs along dim 0 of the hidden state, which is [S, B, D]; a routed block has "
                         "[B, S, D] (batch_first=True)", path)
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             return Skip(f"{node.name} = {node.target} writes in place", path)

@@ -202,8 +202,10 @@ def _distinct_sizes(arguments: dict, dynamic: bool) -> dict:
         if 0 in tensor.shape:
             raise UsageError("an example input is empty", expected="sizes of at least 1", found=tuple(tensor.shape),
                              where="example_inputs")
-    # What most inputs begin with, and of two such the one of more dims: others may be tables of all sequences.
+    # What most inputs begin with, but for a 1 that is broadcast, and of two such the one of more dims: others may be
+    # tables of all sequences.
     rows = [tensor for tensor in tensors if tensor.dim() > 1] or tensors
+    rows = [tensor for tensor in rows if tensor.shape[0] > 1] or rows
     counts = collections.Counter(tensor.shape[0] for tensor in rows)
     batch = max(rows, key=lambda tensor: (counts[tensor.shape[0]], tensor.dim())).shape[0] if rows else 1
     others = {size for tensor in tensors for size in tensor.shape[1:]}

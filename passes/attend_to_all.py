@@ -18,7 +18,7 @@ models want it.
    is gathered along the first of these alone; a causal flag becomes position >= key position.
 4. A size R becomes K where chosen rows are reshaped; the last size of scores stays.
 5. Outside its attention a block may do only what is known to keep rows apart: shifted, selected or multiplied with each
-   other, the chosen ones would give something else than all of them.
+   other, the chosen ones would give something else than all of them. What is done with scores keeps queries apart.
 """
 
 import dataclasses
@@ -47,6 +47,10 @@ ROW_BY_ROW = frozenset({
     aten.full_like, aten.linalg_vector_norm, aten.linear, aten.logsumexp, aten.mean, aten.movedim, aten.mT,
     aten.native_dropout, aten.norm, aten.ones_like, aten.prelu, aten.prod, aten.stack, aten.std, aten.sum,
     aten.swapaxes, aten.t, aten.to, aten._to_copy, aten.type_as, aten.var, aten.zeros_like})
+# What does with scores as it does with rows, or makes others of their size that are all alike.
+APART_IN_SCORES = frozenset({
+    aten.clone, aten.contiguous, aten.detach, aten.dropout, aten.full_like, aten.native_dropout, aten.ones_like,
+    aten.reshape, aten.to, aten._to_copy, aten.type_as, aten.unsqueeze, aten.view, aten.zeros_like})
 # ... those of them that could give rows other elements; ...
 RESHAPES = (aten.flatten, aten.reshape, aten.unflatten, aten.view)
 # ... where another of their operands is no rows'; ...
@@ -171,10 +175,35 @@ class _Split:
     def _check_rows_apart(self, node: torch.fx.Node) -> None:
         """Outside of its attention a block may not mix rows: the chosen ones alone would be mixed."""
         attention = self.attention
-        if node in (attention.first, attention.last) or node in attention.scores or node.target is operator.getitem:
+        if node in (attention.first, attention.last) or node.target is operator.getitem:
+            return
+        if node in attention.scores:
+            if not self._keeps_queries_apart(node):
+                raise self._unfit(node, "scores of which each query's are computed by themselves; a mask that is made "
+                                  "from positions (torch.arange), not like the scores")
             return
         if not (self._keeps_rows(node) and self._is_apart(node)):
             raise self._unfit(node, "no operation but attention that sees several rows at once")
+
+    def _keeps_queries_apart(self, node: torch.fx.Node) -> bool:
+        """Whether each query's scores, along the last dim but one, follow from the same query's alone."""
+        packet = getattr(node.target, "overloadpacket", None)
+        if is_pointwise(node.target) or packet in APART_IN_SCORES:
+            return True
+        if packet in PRODUCTS:
+            # Heads that are mixed.
+            others = [arg for arg in node.all_input_nodes if arg not in self.moving]
+            return not any(self._place(arg) for arg in others)
+        if packet is aten.conv2d:
+            return all(size == 1 for size in (shape_exprs(node.args[1]) or ())[2:])
+        if packet is aten.batch_norm:
+            return not node.args[5]
+        if packet in ALONG:
+            place, usual = ALONG[packet]
+            dim, rank = node.args[place] if len(node.args) > place else node.kwargs.get("dim", usual), len(
+                shape_exprs(node) or ())
+            return isinstance(dim, int) and dim % rank != rank - 2
+        return False
 
     def _keeps_rows(self, node: torch.fx.Node) -> bool:
         value = node.meta.get("val")

@@ -119,6 +119,8 @@ def _unfit(softmax: torch.fx.Node, score: torch.fx.Node, mask: tuple | None, que
     """Why the operands have no place in the one node: it broadcasts masks, and heads of keys and values, no more."""
     if mask is not None and mask[1].meta["val"].dim() < 2:
         return "the mask has no dim of queries"
+    if mask is not None and mask[1].meta["val"].dtype != (query.meta["val"].dtype if mask[0] == "add" else torch.bool):
+        return f"the mask is {mask[1].meta['val'].dtype}"
     queries, keys, heads = (shape_exprs(node) or () for node in (query, keys_t, values))
     if shape_exprs(score) != shape_exprs(softmax):
         return "the mask has more batches or heads than the scores"

@@ -38,10 +38,10 @@ class FuseGelu(Pass):
 
 def _fuse(tanh: Node) -> bool:
     inner = _scaled(tanh.args[0], math.sqrt(2 / math.pi))
-    if inner is None or inner.target is not aten.add.Tensor or len(tanh.users) != 1:
+    if inner is None or inner.target is not aten.add.Tensor or inner.kwargs or len(tanh.users) != 1:
         return False
     one = next(iter(tanh.users))
-    if one.target is not aten.add.Tensor or _other_number(one) != 1 or len(one.users) != 1:
+    if one.target is not aten.add.Tensor or one.kwargs or _other_number(one) != 1 or len(one.users) != 1:
         return False
     product = next(iter(one.users))
     for x, cubic in (inner.args, inner.args[::-1]):

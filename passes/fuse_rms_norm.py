@@ -38,8 +38,8 @@ class FuseRmsNorm(Pass):
 
 def _fuse(rsqrt: Node) -> bool:
     moment = rsqrt.args[0]
-    if not (_calls(moment, aten.add.Tensor) and isinstance(moment.args[1], float | int)
-            and _calls(moment.args[0], aten.mean.dim) and len(rsqrt.users) == 1):
+    if not (_calls(moment, aten.add.Tensor) and isinstance(moment.args[1], float | int) and not moment.kwargs
+            and _calls(moment.args[0], aten.mean.dim) and not moment.args[0].kwargs and len(rsqrt.users) == 1):
         return False
     mean = moment.args[0]
     square, normalised = mean.args[0], next(iter(rsqrt.users))

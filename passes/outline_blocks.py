@@ -118,6 +118,11 @@ def _install(graph_module: torch.fx.GraphModule, path: str, graph: torch.fx.Grap
     graph_module.get_submodule(parent)._modules[name] = made
 
 
+# What takes a part of a value along a dim, or shifts it.
+CUTS = frozenset({aten.narrow, aten.roll, aten.select, aten.slice, aten.split, aten.split_with_sizes,
+                  aten.unsafe_split})
+
+
 def _is_size(argument) -> bool:
     kind = argument.real_type
     while kind.kind() in ("ListType", "OptionalType"):
@@ -149,6 +154,8 @@ class _Body:
         """Copies a node of the block, its inputs replaced by the sub-graph's own."""
         schema = node.target._schema.arguments if isinstance(node.target, torch._ops.OpOverload) else ()
         sizes = {key for i, argument in enumerate(schema) if _is_size(argument) for key in (i, argument.name)}
+        if not self._cuts_rows(node):
+            sizes = set()
 
         def mapped(key, value):
             return torch.fx.node.map_aggregate(value, lambda arg: self._argument(arg, node, key in sizes))
@@ -158,6 +165,16 @@ class _Body:
         copy = self.graph.create_node(node.op, node.target, args, kwargs, node.name)
         copy.meta = {"nn_module_stack": node.meta.get("nn_module_stack", {})}
         self.values[node] = copy
+
+    def _cuts_rows(self, node: torch.fx.Node) -> bool:
+        """Whether numbers in a call may be of rows: along another dim of theirs a part begins and ends as it is."""
+        if getattr(node.target, "overloadpacket", None) not in CUTS:
+            return True
+        names = [argument.name for argument in node.target._schema.arguments]
+        place = next(i for i, name in enumerate(names) if name in ("dim", "dims"))
+        dims = node.args[place] if len(node.args) > place else node.kwargs.get(names[place], 0)
+        exprs = shape_exprs(node.args[0]) or ()
+        return any(exprs[dim] == self.view.rows for dim in ([dims] if isinstance(dims, int) else dims))
 
     def _argument(self, arg, user: torch.fx.Node, is_size: bool):
         if type(arg) is int and is_size:

@@ -353,6 +353,8 @@ def _cumsum(call: _Call) -> _Value:
 
 def _index(call: _Call) -> _Value:
     indices = call.node.args[1]
+    if None in indices:
+        raise _UnknownError
     sums = [call.sum(index) for index in indices]
     rank = max(len(_shape(index)) for index in indices)
     places = []

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from tiny import Attention, Block, Mlp, Stack
+from tiny import Attention, Block, Mlp, Stack, randn, randomise_routers
 from torch import Tensor, nn
 
 from modcompile.blocks import find_blocks, select_blocks
@@ -12,6 +12,7 @@ from modcompile.capture import capture
 from modcompile.config import MoDConfig
 from modcompile.convert import convert
 from modcompile.errors import UsageError
+from modcompile.trace import trace_routing
 
 X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
 
@@ -195,6 +196,78 @@ def test_a_sequence_before_the_batch():
     found = reasons(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
     assert set(found.values()) == {"attention runs along dim 0 of the hidden state, which is [S, B, D]; a routed block "
                                    "has [B, S, D] (batch_first=True)"}
+
+
+def test_a_sequence_before_the_batch_in_attention_that_is_written_out():
+    class Layer(Mlp):
+        def forward(self, x):
+            mixed = torch.einsum("qbd,kbd->bqk", x, x).softmax(-1) @ x.transpose(0, 1)
+            return super().forward(x + mixed.transpose(0, 1))
+
+    found = reasons(Stack(Layer(), Layer()), randn(7, 3, 8))
+    assert set(found.values()) and all("batch_first=True" in str(reason) for reason in found.values()), found
+
+
+def test_a_residual_outside_of_the_blocks():
+    class Outside(Stack):
+        def forward(self, x):
+            for layer in self.layers:
+                x = x + layer(x)
+            return x
+
+    found = reasons(Outside(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)),
+                            nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))))
+    assert len(found) == 2 and all("residual is outside" in str(reason) for reason in found.values()), found
+
+
+def test_long_skips_and_conditions_of_one_block():
+    """What only one block takes is not its hidden state if another value comes from a block, or skips over some."""
+    class Conditioned(Mlp):
+        def forward(self, x, condition=None, skip=None):
+            x = x if condition is None else x * condition.sigmoid()
+            return super().forward(x if skip is None else x + skip)
+
+    class Skips(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(Conditioned() for _ in range(5))
+            self.conditions = nn.Linear(8, 16)
+
+        def forward(self, x):
+            first, second = self.conditions(x.tanh()).chunk(2, -1)
+            x1 = self.blocks[0](x, first)
+            x2 = self.blocks[1](x1, second)
+            x3 = self.blocks[2](x2)
+            return self.blocks[4](self.blocks[3](x3, None, x1), None, x)
+
+    found = reasons(Skips())
+    assert all("2 hidden inputs" in str(found[f"blocks.{i}"]) for i in (0, 1)), found
+
+
+def test_a_number_along_the_features_that_happens_to_be_s():
+    """S is fixed at 4, half of the features."""
+    class Layer(Mlp):
+        def forward(self, x):
+            h = self.norm(x)
+            h = torch.cat((-h[..., 4:], h[..., :4]), -1) + h[..., 4:5] + h.select(-1, 4)[..., None] + h.roll(4, -1)
+            return x + self.down(torch.relu(self.up(h)))
+
+    class Fixed(Stack):
+        def __init__(self):
+            super().__init__(Layer(), Layer(), Layer())
+            self.places = nn.Parameter(randn(1, 4, 8, seed=3))
+
+        def forward(self, x):
+            return super().forward(x + self.places)
+
+    model, x = Fixed(), randn(3, 4, 8, seed=2)
+    mod = randomise_routers(convert(model, (randn(2, 4, 8),), MoDConfig(blocks=(1,), capacity_ratio=0.5,
+                                                                        gate="straight-through")))
+    with torch.no_grad(), trace_routing(mod) as trace:
+        out = mod(x)
+        before = model.layers[0](x + model.places)
+        after = torch.where(trace["layers.1"].taken()[..., None], model.layers[1](before), before)
+        assert torch.allclose(out, model.layers[2](after), atol=1e-6)
 
 
 def test_a_hidden_state_of_another_rank():

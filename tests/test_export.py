@@ -1,9 +1,12 @@
+import math
+
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from modcompile.capture import capture
 from modcompile.config import MoDConfig
@@ -139,6 +142,89 @@ def test_products_transposed_and_decomposed(product, tmp_path):
     model, x = Product(product).eval(), torch.randn(3, 5, 7)
     path = export_onnx(model, tmp_path / "model.onnx", example_inputs=(torch.randn(2, 9, 7),))
     np.testing.assert_allclose(run(path, {"x": x})[0], model(x).numpy(), atol=1e-5)
+
+
+class Attend(nn.Module):
+    """Rows that attend to themselves, as ``attend`` says; two heads."""
+
+    def __init__(self, attend):
+        super().__init__()
+        self.attend = attend
+
+    def forward(self, x):
+        heads = x.unflatten(-1, (2, 4)).transpose(1, 2)
+        return self.attend(heads).transpose(1, 2).flatten(2)
+
+
+def _bools(h):
+    return (h[..., :1] > 0) & (h[..., 1:2] > 0).transpose(-1, -2)  # [B, H, S, S]
+
+
+@pytest.mark.parametrize("opset", [18, 23])
+@pytest.mark.parametrize("attend", [
+    lambda h: (h @ h.transpose(-1, -2) * 0.3 + _bools(h)).softmax(-1) @ h,
+    lambda h: (h @ h.transpose(-1, -2) * 0.3 + _bools(h).long()).softmax(-1) @ h,
+    lambda h: F.scaled_dot_product_attention(h, h, h, scale=0.0),
+    lambda h: F.scaled_dot_product_attention(h, h, h, scale=-0.5),
+    lambda h: (h @ h.transpose(-1, -2) * 0.0).softmax(-1) @ h,
+    lambda h: F.scaled_dot_product_attention(h, h, h, attn_mask=h[:, :1, :, :1]),
+    lambda h: F.scaled_dot_product_attention(h, h[:, :, :-1], h[:, :, :-1], is_causal=True),
+    lambda h: torch.add(h, h.square().mean(-1, keepdim=True), alpha=-2),
+    lambda h: h * torch.rsqrt(torch.add(h.pow(2).mean(-1, keepdim=True), 0.5, alpha=3)),
+    lambda h: 0.5 * h * torch.add((math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)).tanh(), 1, alpha=2),
+    lambda h: 0.5 * h * (1 + (math.sqrt(2 / math.pi) * torch.add(h, 0.044715 * h**3, alpha=2)).tanh()),
+    lambda h: torch.add(h * h.cos()[:, :1], torch.cat([-h[..., 2:], h[..., :2]], -1) * h.sin()[:, :1], alpha=-1),
+], ids=["bool-added", "int-added", "scale-0", "scale-negative", "scaled-by-0", "one-column", "fewer-keys", "alpha",
+        "norm-alpha", "gelu-alpha", "gelu-inner-alpha", "rotary-alpha"])
+@torch.no_grad()
+def test_what_only_looks_like_a_pattern(attend, opset, tmp_path):
+    model, x = Attend(attend).eval(), torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(0))
+    path = export_onnx(model, tmp_path / "model.onnx", example_inputs=(torch.randn(2, 9, 8),), opset=opset)
+    np.testing.assert_allclose(run(path, {"x": x})[0], model(x).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("outputs", [
+    lambda x, w: (F.linear(x, w), w), lambda x, w: (x + 1, w.T), lambda x, w: (x @ w.T, w.T)])
+@torch.no_grad()
+def test_a_weight_that_is_an_output_stays_as_it_is(outputs, tmp_path):
+    model, x = Product(outputs).eval(), torch.randn(3, 5, 7)
+    path = export_onnx(model, tmp_path / "model.onnx", example_inputs=(torch.randn(2, 9, 7),))
+    for found, expected in zip(run(path, {"x": x}), model(x), strict=True):
+        np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("opset", [18, 23])
+@pytest.mark.parametrize("rows", [1, 6], ids=["one-row", "rows"])
+@torch.no_grad()
+def test_keys_of_all_sequences(opset, rows, tmp_path):
+    """A memory that is learned, repeated over the batch as well as for heads."""
+    class Memory(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.keys = nn.Parameter(torch.randn(1, 2, rows, 8, generator=torch.Generator().manual_seed(3)))
+
+        def forward(self, x):
+            query = x.unflatten(-1, (4, 8)).transpose(1, 2)
+            keys = self.keys.unsqueeze(2).expand(x.shape[0], 2, 2, rows, 8).reshape(x.shape[0], 4, rows, 8)
+            return F.scaled_dot_product_attention(query, keys, keys)
+
+    model, x = Memory().eval(), torch.randn(3, 5, 32)
+    path = export_onnx(model, tmp_path / "model.onnx", example_inputs=(torch.randn(2, 9, 32),), opset=opset)
+    np.testing.assert_allclose(run(path, {"x": x})[0], model(x).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [
+    lambda x, w: torch.addmm(x.reshape(-1, 7), x.reshape(-1, 7), w).reshape(*x.shape[:2], 7),
+    lambda x, w: torch.addmm(x.reshape(-1, 7)[:, :1], x.reshape(-1, 7), w).reshape(*x.shape[:2], 7),
+    lambda x, w: x.amin(-1),
+    lambda x, w: F.batch_norm(x.transpose(1, 2), w[0], w[1].square(), w[2], w[3]),
+], ids=["bias-of-rows", "bias-column", "amin", "batch-norm"])
+@torch.no_grad()
+def test_other_forms(form, tmp_path):
+    model, x = Product(form).eval(), torch.randn(3, 5, 7)
+    for opset in (17, 18, 23):
+        path = export_onnx(model, tmp_path / f"{opset}.onnx", example_inputs=(torch.randn(2, 9, 7),), opset=opset)
+        np.testing.assert_allclose(run(path, {"x": x})[0], model(x).numpy(), atol=1e-5)
 
 
 def test_dims_and_nodes_are_named(graphs, tmp_path):

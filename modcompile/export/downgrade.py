@@ -26,15 +26,16 @@ def to_opset_17(model: ir.Model) -> None:
         UnsupportedGraphError: A reduction over axes that are computed, or a split into unequal parts.
     """
     for node in model.graph.all_nodes():
-        if node.domain == "" and node.op_type in REDUCTIONS and len(node.inputs) > 1:
-            axes = node.inputs[1]
+        if node.domain == "" and node.op_type in REDUCTIONS:
+            axes = node.inputs[1] if len(node.inputs) > 1 else None
             if axes is not None:
                 if axes.const_value is None:
                     raise _unsupported(node, "axes that are numbers", "axes that are computed")
                 node.attributes["axes"] = ir.AttrInt64s("axes", axes.const_value.numpy().tolist())
             node.resize_inputs(1)
-            # It said what no axes mean, and there are some.
-            node.attributes.pop("noop_with_empty_axes", None)
+            # It says what no axes mean; without it they mean all.
+            if axes is not None or not node.attributes.get_int("noop_with_empty_axes", 0):
+                node.attributes.pop("noop_with_empty_axes", None)
         elif node.domain == "" and node.op_type == "Split" and "num_outputs" in node.attributes:
             axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
             size = node.inputs[0].shape[axis] if node.inputs[0] is not None and node.inputs[0].shape else None

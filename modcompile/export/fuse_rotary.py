@@ -20,6 +20,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from modcompile.pass_manager import Pass, PassResult
+from modcompile.shapes import dim_expr
 
 # B batch  H heads  S rows  d head dim
 
@@ -61,7 +62,7 @@ class FuseRotary(Pass):
 
 def _fuse(graph: Graph, add: Node, halves: dict[Node, Node | None], tables: dict[Node, Node]) -> bool:
     straight, turned = add.args
-    if not (_calls(straight, aten.mul.Tensor) and _calls(turned, aten.mul.Tensor)):
+    if add.kwargs or not (_calls(straight, aten.mul.Tensor) and _calls(turned, aten.mul.Tensor)):
         return False
     x, cos = straight.args
     cat, sin = turned.args
@@ -70,7 +71,10 @@ def _fuse(graph: Graph, add: Node, halves: dict[Node, Node | None], tables: dict
     value = x.meta["val"]
     for table in (cos, sin):
         shape = table.meta["val"].shape
-        if len(shape) != 4 or shape[1] != 1 or shape[3] != value.shape[3] or _half(table, halves) is None:
+        # One row for each of x's, of one sequence or of each: nothing else is broadcast.
+        fits = (len(shape) == 4 and shape[1] == 1 and shape[3] == value.shape[3] and _same(shape[2], value.shape[2])
+                and any(_same(shape[0], size) for size in (1, value.shape[0])))
+        if not fits or table.meta["val"].dtype != value.dtype or _half(table, halves) is None:
             return False
     with graph.inserting_before(add):
         operands = [_table(graph, table, x, halves, tables) for table in (cos, sin)]
@@ -78,6 +82,11 @@ def _fuse(graph: Graph, add: Node, halves: dict[Node, Node | None], tables: dict
     fused.meta = dict(add.meta)
     add.replace_all_uses_with(fused)
     return True
+
+
+def _same(size: Any, other: Any) -> bool:
+    """Whether two sizes are known to be equal."""
+    return dim_expr(size) == dim_expr(other)
 
 
 def _is_turned(cat: Any, x: Node) -> bool:

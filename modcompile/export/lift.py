@@ -31,10 +31,10 @@ from modcompile.export.flatten import inline
 aten = torch.ops.aten
 
 
-# Other names of permute and transpose, which no table of decompositions has.
-_ALIASES = frozenset({aten.adjoint.default, aten.matrix_H.default, aten.mH.default, aten.moveaxis.int,
-                      aten.moveaxis.intlist, aten.movedim.int, aten.movedim.intlist, aten.mT.default,
-                      aten.numpy_T.default, aten.swapaxes.default, aten.swapdims.default})
+# Other names of permute and transpose, and of a norm, which no table of decompositions has.
+_ALIASES = frozenset({aten.adjoint.default, aten.batch_norm.default, aten.matrix_H.default, aten.mH.default,
+                      aten.moveaxis.int, aten.moveaxis.intlist, aten.movedim.int, aten.movedim.intlist,
+                      aten.mT.default, aten.numpy_T.default, aten.swapaxes.default, aten.swapdims.default})
 # Ops as the translator sees them. It evaluates every node once more, and the real ones decompose when they are.
 _LIBRARY = torch.library.Library("modcompile_export", "FRAGMENT")
 _LIBRARY.define("gather_rows(Tensor x, Tensor positions) -> Tensor")

@@ -12,8 +12,10 @@ small block.
 2. A bool mask is added instead. Its fill is finite, half of the lowest number. Rows that may attend to nothing, as
    padding does, then average over everything; torch gives zeros, a runtime that takes -inf NaN, which would spread.
    A mask that is added already is clamped to that number, unless it was clamped when it was cast.
-3. A mask with one row for all queries is expanded where the operator wants a row for each (``expand_rows``).
+3. A mask with one row for all queries, or one column for all keys, is expanded where the operator wants one for each
+   (``expand_rows``).
 4. A causal flag becomes a mask where the operator has no such flag (``causal_masks``).
+5. A scale that is zero or less, which ONNX Runtime does not take, is the queries'.
 """
 
 __all__ = ["LowerAttention"]
@@ -55,6 +57,7 @@ class LowerAttention(Pass):
         for node in graph_module.graph.find_nodes(op="call_function", target=ATTENTION):
             before = (node.args, node.kwargs)
             _share_heads(node)
+            _scale_queries(graph_module.graph, node)
             self._mask(graph_module.graph, node, made)
             modified |= before != (node.args, node.kwargs)
         return PassResult(graph_module, modified)
@@ -69,21 +72,23 @@ class LowerAttention(Pass):
                     made[key] = make()
             return made[key]
 
+        lacking: tuple[int, ...] = ()
         if causal and (self.causal_masks or query.meta["val"].dim() != 4):
             rows, columns = (dim_expr(operand.meta["val"].shape[-2]) for operand in (query, key))
             mask = once((rows, columns), functools.partial(_causal, graph, query, key))
-            given, lacks_rows = torch.bool, False
-            causal = False
+            given, causal = torch.bool, False
         elif mask is None:
             return
         else:
             given = mask.meta["val"].dtype
-            lacks_rows = mask.meta["val"].dim() > 1 and mask.meta["val"].shape[-2] == 1
+            sides = {-2: query.meta["val"].shape[-2], -1: key.meta["val"].shape[-2]}
+            lacking = tuple(dim for dim, size in sides.items() if mask.meta["val"].dim() > 1
+                            and mask.meta["val"].shape[dim] == 1 and dim_expr(size) != 1)
         # What this pass made is finite: a second run leaves it as it is.
         finite = "finite" in mask.meta
-        if self.expand_rows and lacks_rows and query.meta["val"].shape[-2] != 1:
-            rows = dim_expr(query.meta["val"].shape[-2])
-            mask = once((mask, "rows", rows), functools.partial(_expand_rows, graph, mask, query))
+        if self.expand_rows and lacking:
+            sizes = tuple(dim_expr(sides[dim]) for dim in lacking)
+            mask = once((mask, "rows", lacking, sizes), functools.partial(_expand, graph, mask, lacking, query, key))
         if given == torch.bool:
             mask = once((mask, "add", dtype), functools.partial(_additive, graph, mask, dtype))
         elif given == torch.float32 and not finite:
@@ -114,13 +119,24 @@ def _share_heads(node: Node) -> None:
         node.kwargs = {**node.kwargs, "enable_gqa": True}
 
 
+def _scale_queries(graph: Graph, node: Node) -> None:
+    scale = node.kwargs.get("scale")
+    if scale is not None and scale <= 0:
+        query = _operands(node)[0]
+        with graph.inserting_before(node):
+            scaled = graph.call_function(aten.mul.Tensor, (query, scale))
+        scaled.meta["val"] = query.meta["val"]
+        node.args = (scaled, *node.args[1:])
+        node.kwargs = {**node.kwargs, "scale": 1.0}
+
+
 def _unrepeated(operand: Node) -> Node | None:
     """The value [B, G, S, d] whose heads an operand [B, H, S, d] repeats, each H / G times in a row."""
     shape = operand.meta["val"].shape
     if operand.target is aten.repeat_interleave.self_int and operand.args[2:3] == (1,):
         return operand.args[0]
     if operand.target is aten.expand.default and operand.args[0].meta["val"].shape[1:2] == (1,):
-        return operand.args[0]
+        return operand.args[0] if _same_but_heads(operand.args[0], operand) else None
     expanded = operand.args[0] if operand.target is aten.reshape.default else None
     # Between the two there may be a clone, which keeps the shape.
     if isinstance(expanded, Node) and expanded.target in (aten.clone.default, aten.contiguous.default):
@@ -133,7 +149,13 @@ def _unrepeated(operand: Node) -> Node | None:
     _, groups, repeats, _, width = expanded.meta["val"].shape
     if groups * repeats != shape[1] or width != shape[3]:
         return None
-    return single.args[0]
+    return single.args[0] if _same_but_heads(single.args[0], operand) else None
+
+
+def _same_but_heads(source: Node, operand: Node) -> bool:
+    """Whether heads alone were repeated, and no sequences, rows or columns."""
+    before, after = ([dim_expr(size) for size in node.meta["val"].shape] for node in (source, operand))
+    return len(before) == len(after) == 4 and (before[0], *before[2:]) == (after[0], *after[2:])
 
 
 def _causal(graph: Graph, query: Node, key: Node) -> Node:
@@ -145,10 +167,11 @@ def _causal(graph: Graph, query: Node, key: Node) -> Node:
     return graph.call_function(aten.ge.Tensor, (graph.call_function(aten.unsqueeze.default, (rows, 1)), columns))
 
 
-def _expand_rows(graph: Graph, mask: Node, query: Node) -> Node:
-    rows = graph.call_function(aten.sym_size.int, (query, -2))
-    sizes = [-1] * mask.meta["val"].dim()
-    sizes[-2] = rows
+def _expand(graph: Graph, mask: Node, dims: tuple[int, ...], query: Node, key: Node) -> Node:
+    """The mask with a row for each query, or a column for each key, where it lacks these dims."""
+    sizes: list[Any] = [-1] * mask.meta["val"].dim()
+    for dim in dims:
+        sizes[dim] = graph.call_function(aten.sym_size.int, (query if dim == -2 else key, -2))
     return graph.call_function(aten.expand.default, (mask, sizes))
 
 

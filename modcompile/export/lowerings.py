@@ -64,7 +64,7 @@ def _attention_written_out(query: Any, key: Any, value: Any, mask: Any = None, d
     """Two products and a softmax in float32, no more. Grouped heads are a broadcast dim, so nothing is repeated."""
     rank, width, half = len(query.shape), query.shape[-1], query.dtype in _HALF
     heads, groups = query.shape[1], key.shape[1]
-    scores = op.Mul(query, op.CastLike(op.Constant(value_float=scale or width**-0.5), query))
+    scores = op.Mul(query, op.CastLike(op.Constant(value_float=width**-0.5 if scale is None else scale), query))
     keys = op.Transpose(key, perm=[*range(rank - 2), rank - 1, rank - 2])  # [B, G, d, S]
     values = value
     grouped = rank == 4 and heads != groups

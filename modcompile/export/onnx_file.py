@@ -178,7 +178,7 @@ def _save(model: ir.Model, path: Path, *, external_data: bool) -> None:
             except Exception as error:
                 raise UnsupportedGraphError("the exported file does not pass the ONNX checker", found=error, where=path,
                                             fix="another opset may know an op in this precision: bfloat16 "
-                                            "convolutions need 22") from error
+                                            "convolutions need 22" if "bfloat16" in str(error) else None) from error
             for name in [data_name, path.name]:
                 if name and (folder / name).exists():
                     os.replace(folder / name, path.parent / name)

@@ -50,6 +50,9 @@ def _store_transposed(graph: ir.Graph) -> None:
         tensor = weight.const_value
         if tensor is None or len(tensor.shape) != 2 or not users or not all(map(_swaps, users)):
             continue
+        # An output of the graph is a use as well, of the weight as it is or of a Transpose that stays.
+        if weight.is_graph_output() or any(node.outputs[0].is_graph_output() for node in users):
+            continue
         weight.shape = ir.Shape(tuple(reversed(tensor.shape.numpy())))
         # Evaluated when the file is written, one weight at a time.
         weight.const_value = ir.LazyTensor(functools.partial(_transposed, tensor), dtype=tensor.dtype,

@@ -17,7 +17,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from modcompile.pass_manager import Pass, PassResult
-from modcompile.shapes import shape_exprs
+from modcompile.shapes import dim_expr, shape_exprs
 
 # B batch  S rows  D width before  N width after
 
@@ -37,6 +37,10 @@ class UnflattenProducts(Pass):
             bias, flat, weight = node.args
             source = flat.args[0] if flat.target is aten.reshape.default else None
             if source is None or node.kwargs or not all(_restores(user, source) for user in node.users):
+                continue
+            # A bias of each column, and rows of which nothing but the leading dims were merged.
+            widths = [dim_expr(operand.meta["val"].shape[-1]) for operand in (source, flat, bias, node)]
+            if bias.meta["val"].dim() != 1 or widths[0] != widths[1] or widths[2] != widths[3]:
                 continue
             with graph.inserting_before(node):
                 product = graph.call_function(aten.matmul.default, (source, weight))

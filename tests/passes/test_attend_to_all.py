@@ -51,6 +51,65 @@ def finished(call, hidden, mixed):
     return call(aten.add.Tensor, hidden, call(aten.linear.default, rows, call.tensor("out")))
 
 
+class Scored(nn.Module):
+    """A block whose attention is written out, with something done to its scores or its weights."""
+
+    def __init__(self, scores=lambda a: a, weights=lambda a: a):
+        super().__init__()
+        self.parts, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.mix = nn.Conv2d(2, 2, 3, padding=1)
+        self.scale = nn.Conv2d(2, 2, 1)
+        self.norm = nn.BatchNorm2d(2)
+        self.scores, self.weights = scores, weights
+
+    def forward(self, x):
+        query, key, value = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in self.parts(x).chunk(3, -1))
+        weights = self.weights(self, self.scores(self, query @ key.transpose(-1, -2)).softmax(-1))
+        return x + self.out((weights @ value).transpose(1, 2).flatten(2))
+
+
+def scored(**steps):
+    steps = {"scores": lambda _, a: a, "weights": lambda _, a: a} | steps
+    torch.manual_seed(0)
+    return Stack(Scored(**steps), Scored(**steps)).eval()
+
+
+@pytest.mark.parametrize("steps", [
+    {"scores": lambda _, a: a.masked_fill(torch.triu(torch.ones_like(a), 1).bool(), -1e9)},
+    {"scores": lambda _, a: a + torch.full_like(a, -1e9).triu(1)},
+    {"weights": lambda _, a: a.tril()},
+    {"scores": lambda block, a: block.mix(a)},
+    {"weights": lambda block, a: block.mix(a)},
+    {"weights": lambda _, a: functional.instance_norm(a)},
+    {"weights": lambda _, a: a.cumsum(-2)},
+    {"weights": lambda _, a: a.roll(1, -2)},
+    {"weights": lambda _, a: a.flip(-2)},
+    {"scores": lambda _, a: a.log_softmax(-2)},
+], ids=["triu-mask", "triu-bias", "tril", "conv", "conv-weights", "instance-norm", "cumsum", "roll", "flip", "softmax"])
+def test_scores_of_several_queries_together_are_refused(steps):
+    """On the chosen rows' scores alone they would give something else, without a word."""
+    with pytest.raises(UnsupportedGraphError, match=r"(?s)cannot attend to all rows.*are computed by themselves"):
+        convert(scored(**steps), (randn(2, 5, 8),), MoDConfig(blocks="all", capacity_ratio=0.3, attend_to="all"))
+
+
+@pytest.mark.parametrize("steps", [
+    {"scores": lambda block, a: block.scale(a)},
+    {"weights": lambda block, a: block.norm(a)},
+    {"scores": lambda _, a: a.log_softmax(-1).cumsum(-1)},
+    {"scores": lambda _, a: torch.where(a > 0, a, torch.zeros_like(a))},
+], ids=["conv-1x1", "batch-norm", "along-keys", "zeros-like"])
+@torch.no_grad()
+def test_scores_of_each_query_apart_are_taken(steps):
+    model, x = scored(**steps), randn(3, 63, 8, seed=1)
+    mod = randomise_routers(convert(model, (randn(2, 5, 8),), MoDConfig(
+        blocks=(1,), capacity_ratio=0.3, attend_to="all", gate="straight-through")))
+    with trace_routing(mod) as trace:
+        out = mod(x)
+    taken = trace["layers.1"].taken()
+    assert deviation(out[taken], model(x)[taken]) <= EAGER
+    assert torch.equal(out[~taken], model.layers[0](x)[~taken])
+
+
 def written(call, hidden, between):
     query, key, value = projected(call, hidden)
     scored = call(aten.matmul.default, query, call(aten.transpose.int, key, -2, -1))

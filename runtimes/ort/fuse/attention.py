@@ -38,6 +38,11 @@ def _contrib_attention(node: ir.Node) -> bool:
     mask = rest[0] if rest else None
     if any(rest[1:]) or any(output.uses() for output in node.outputs[1:]):
         return False
+    # Of more keys than queries it lets the last query see all, where ONNX lets the first one see one.
+    rows = [value.shape[1] if value is not None and value.shape is not None else None for value in (query, key)]
+    named = [row.value if isinstance(row, ir.SymbolicDim) else row for row in rows]
+    if attributes.get_int("is_causal", 0) and None not in named and named[0] != named[1]:
+        return False
     made = [ir.AttrInt64("num_heads", heads)]
     if attributes.get_int("is_causal", 0):
         made.append(ir.AttrInt64("unidirectional", 1))
