@@ -13,11 +13,13 @@ by logits with three digits. The policy is the one of autocast, with the residua
 3. Parameters are cast once each, tied ones once for all; a router's stay, and what it reads of a block's it reads as it
    was. Buffers stay float32 until they meet a half
    value: of the frequencies of rotary angles, three digits would leave nothing of a position past some hundred.
-4. Masks made of float32's lowest number are clamped to the half's, as are such numbers among arguments.
+4. Masks made of float32's lowest number are clamped to the half's, as are such numbers among arguments and those that
+   a constant holds. What keeps a sum from zero, such as 1e-12, stays a number that is not.
 5. The model's float inputs and outputs become half; integers, bools, and logits and gates that are handed out stay.
 """
 
 import dataclasses
+import math
 import operator
 from typing import ClassVar, Literal
 
@@ -38,6 +40,10 @@ SENSITIVE = frozenset({
     aten.sum.dim_IntList, aten.sum.default, aten.cumsum.default, aten.var.correction, aten.rsqrt.default,
     aten.sqrt.default, aten.reciprocal.default, aten.exp.default, aten.log.default, aten.softmax.int,
     aten._softmax.default, aten.log_softmax.int, aten.sin.default, aten.cos.default, aten.linalg_vector_norm.default})
+
+COPIES = (aten.lift_fresh_copy.default, aten.clone.default, aten.detach.default, aten.alias.default)
+# What is made of one number, an argument of this place.
+FILLS = {aten.full.default: 1, aten.full_like.default: 1, aten.new_full.default: 2, aten.scalar_tensor.default: 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +167,8 @@ class _Cast:
                 (node.args, node.kwargs), lambda arg: self._as(arg, target, node, clamp=arg is mask))
         if not wide and self.half == torch.float16:
             node.args = torch.fx.node.map_aggregate(node.args, self._in_range)
+            if node.target in (aten.add.Tensor, aten.clamp_min.default, aten.clamp.default):
+                node.args = torch.fx.node.map_aggregate(node.args, self._above_zero)
         result = node.meta.pop("val", None)
         made = result.dtype if isinstance(result, torch.Tensor) else None
         if made == torch.float32:
@@ -187,9 +195,24 @@ class _Cast:
         limits = torch.finfo(self.half)
         return min(max(arg, limits.min), limits.max) if isinstance(arg, float) and abs(arg) != float("inf") else arg
 
+    def _above_zero(self, arg):
+        least = torch.finfo(self.half).smallest_normal * torch.finfo(self.half).eps
+        return math.copysign(least, arg) if isinstance(arg, float) and 0 < abs(arg) < least else arg
+
+    def _is_out_of_range(self, node: torch.fx.Node) -> bool:
+        """Whether a constant holds numbers that the half would take for infinity."""
+        while node.target in COPIES:
+            node = node.args[0]
+        if node.op == "get_attr":
+            held = operator.attrgetter(str(node.target))(self.graph_module)
+            return bool((held.isfinite() & (held.abs() > torch.finfo(self.half).max)).any())
+        number = node.args[FILLS[node.target]] if node.target in FILLS else None
+        return isinstance(number, float | int) and torch.finfo(self.half).max < abs(number) < math.inf
+
     def _as(self, arg: torch.fx.Node, dtype: torch.dtype, user: torch.fx.Node, clamp: bool = False) -> torch.fx.Node:
         if not self.dtypes.get(arg, torch.int64).is_floating_point or self.dtypes[arg] == dtype:
             return arg
+        clamp = clamp or (dtype == torch.float16 and self._is_out_of_range(arg))
         if (arg, dtype, clamp) not in self.casts:
             with self.graph.inserting_before(user):
                 value = arg

@@ -12,7 +12,8 @@ would, for every token at a time. Where K is less, a sequence of which more rows
 logits; one of which fewer do leaves slots empty.
 
 1. The router's own logit decides, or a predictor's: one hidden layer on what the router sees.
-2. No row attends to an empty slot: attention in one node gets a mask; written out, its scores are filled.
+2. No row attends to an empty slot: attention in one node gets a mask; written out, its scores are filled. Nothing else
+   may see several rows.
 3. A block that attends to all rows sees the same keys and values, whoever enters.
 """
 
@@ -26,6 +27,7 @@ from modcompile.passes.route_blocks import require_outlined, takes_positions
 from modcompile.attention import SOFTMAXES, attention_arguments, self_attention
 from modcompile.errors import PassContractError, UnsupportedGraphError
 from modcompile.pass_manager import Pass, PassResult, Skip
+from modcompile.rows_apart import RowsApart
 from modcompile.shapes import fake_mode_of, shape_exprs
 
 __all__ = ["DecideRows", "predictor_path"]
@@ -134,6 +136,12 @@ def _hide_empty_slots(body: torch.fx.GraphModule, path: str) -> None:
         raise UnsupportedGraphError(f"rows of block {path} cannot decide for themselves", found=attention.reason,
                                     expected="one self-attention", where=attention.node or path,
                                     fix='use attend_to="all", or route other blocks')
+    apart = RowsApart(graph, attention)
+    made = (node for node in graph.nodes if node in apart.moving and node.op == "call_function")
+    if (found := apart.mixed(made)) is not None:
+        raise UnsupportedGraphError(f"rows of block {path} cannot decide for themselves", where=found[0].name,
+                                    expected=found[1], found=f"{found[0].name} = {found[0].target}",
+                                    fix="route other blocks")
     hidden = graph.find_nodes(op="placeholder")[0]
     with graph.inserting_after(hidden):
         filled = graph.placeholder("filled")

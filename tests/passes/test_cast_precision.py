@@ -199,6 +199,26 @@ def test_the_squares_of_a_norm_are_taken_in_float32_and_products_in_half(routed)
     assert dtypes["aten.linear.default"] == {torch.float16, torch.float32}
 
 
+@pytest.mark.parametrize("form", [
+    lambda x: torch.where(x > 0, torch.full((), torch.finfo(torch.float32).min), x).softmax(-1),
+    lambda x: torch.where(x.abs() >= 0, torch.tensor(-1e9), x).softmax(-1),
+    lambda x: (x + torch.full_like(x, -1e9)).softmax(-1),
+    lambda x: (x.relu() + 1e-9).log(),
+], ids=["full", "tensor", "full_like", "log"])
+@torch.no_grad()
+def test_case_4_numbers_beyond_the_half(form):
+    class Formed(nn.Module):
+        def forward(self, x):
+            return form(x)
+
+    model = capture(Formed(), {"x": torch.randn(2, 5, 32)})
+    x = torch.randn(3, 63, 32).half()
+    (found,) = cast(model, "float16")(x)
+    (expected,) = model.run_graph([x.float()])
+    assert found.isfinite().all()
+    assert ((found.float() - expected).abs() < 0.01).float().mean() > 0.4
+
+
 def test_a_large_hidden_state_does_not_overflow_in_the_norm():
     class Loud(nn.Module):
         def __init__(self):

@@ -116,6 +116,22 @@ def test_slots_overflow_and_stay_empty():
         assert torch.equal(block.taken()[b].nonzero()[:, 0], best.sort().values)
 
 
+@pytest.mark.parametrize("mix", [
+    lambda x: torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1], lambda x: x.cumsum(1),
+    lambda x: torch.nn.functional.conv1d(torch.nn.functional.pad(x.transpose(1, 2), (2, 0)),
+                                         torch.eye(8)[..., None].expand(8, 8, 3)).transpose(1, 2)],
+    ids=["shift", "cumsum", "conv"])
+def test_a_block_that_mixes_rows_outside_of_attention_is_refused(mix):
+    """Empty slots hold rows that did not enter: what looks at its neighbours would see them, and later ones."""
+    class Mixing(Block):
+        def forward(self, hidden):
+            return super().forward(hidden) + mix(hidden)
+
+    mod = convert(Stack(Mixing(causal=True), Mixing(causal=True)), EXAMPLE, MoDConfig(blocks=(1,), capacity_ratio=0.3))
+    with pytest.raises(UnsupportedGraphError, match=r"(?s)cannot decide for themselves.*sees several rows at once"):
+        causal_model(mod)
+
+
 def test_it_is_the_models_tensors_and_is_not_routed_anew(tmp_path):
     _, mod = converted("all")
     causal = causal_model(mod, predictors_of(mod))
