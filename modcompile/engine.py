@@ -263,6 +263,7 @@ def build_engine(mod_or_onnx: Any, path: str | os.PathLike, *, runtime: str = "o
     if exports:
         stages["export"] = export_onnx = importlib.import_module("modcompile.export").export_onnx
     chosen = _split(options, **stages)
+    is_there = Path(path, MANIFEST_NAME).exists()
     with new_folder(path, marker=MANIFEST_NAME, overwrite=overwrite) as folder:
         exported = folder / ".export"
         if exports:
@@ -275,10 +276,15 @@ def build_engine(mod_or_onnx: Any, path: str | os.PathLike, *, runtime: str = "o
         if exports:
             shutil.rmtree(exported)
         write_manifest(folder, fields)
-        if chosen["load"]:
+        if is_there and chosen["load"]:
             # What is asked for may not be had: better said before an engine that is there is replaced.
             load_engine(folder, **chosen["load"]).close()
-    return load_engine(path, **chosen["load"])
+    try:
+        return load_engine(path, **chosen["load"])
+    except BaseException:
+        if not is_there:
+            shutil.rmtree(os.path.realpath(path))
+        raise
 
 
 def load_options(runtime: str, options: Mapping[str, Any]) -> dict[str, Any]:
