@@ -7,7 +7,8 @@
 Why: the captured graph is float32. Casting every value would square hidden states beyond float16's 65504, and rank rows
 by logits with three digits. The policy is the one of autocast, with the residual stream in half as well:
 
-1. Powers, reductions, exponentials, softmax and angles run in float32; so does what only a router needs, and its gate.
+1. Powers, reductions, exponentials, softmax and angles run in float32, and so does what is divided by one of them: a
+   norm may be beyond the half's range, or below it. So does what only a router needs, and its gate.
 2. Everything that meets a half value runs in half: products, attention, norms (which reduce in float32 inside),
    elementwise work. What does not (masks, rotary tables, the terms of a norm) stays float32 until it does.
 3. Parameters are cast once each, tied ones once for all; a router's stay, and what it reads of a block's it reads as it
@@ -157,8 +158,14 @@ class _Cast:
             self.dtypes[node] = before
 
     def _compute(self, node: torch.fx.Node) -> None:
+        if node.target is aten.expand_as.default and node.args[0] in self.dtypes:
+            # Of its second operand it takes the shape alone.
+            node.meta.pop("val", None)
+            self.dtypes[node] = self.dtypes[node.args[0]]
+            return
         floats = [arg for arg in node.all_input_nodes if self.dtypes.get(arg, torch.int64).is_floating_point]
-        wide = (node in self.protected or node.target in SENSITIVE
+        divisor = node.args[1] if node.target is aten.div.Tensor else None
+        wide = (node in self.protected or node.target in SENSITIVE or self.dtypes.get(divisor) == torch.float32
                 or all(self.dtypes[arg] == torch.float32 for arg in floats))
         target = torch.float32 if wide else self.half
         mask = self._mask(node)

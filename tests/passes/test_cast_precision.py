@@ -204,7 +204,9 @@ def test_the_squares_of_a_norm_are_taken_in_float32_and_products_in_half(routed)
     lambda x: torch.where(x.abs() >= 0, torch.tensor(-1e9), x).softmax(-1),
     lambda x: (x + torch.full_like(x, -1e9)).softmax(-1),
     lambda x: (x.relu() + 1e-9).log(),
-], ids=["full", "tensor", "full_like", "log"])
+    lambda x: nn.functional.normalize(x * 0),
+    lambda x: nn.functional.normalize(x.abs() * 5000 + 5000),
+], ids=["full", "tensor", "full_like", "log", "normalize-zero", "normalize-large"])
 @torch.no_grad()
 def test_case_4_numbers_beyond_the_half(form):
     class Formed(nn.Module):
