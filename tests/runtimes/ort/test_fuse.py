@@ -277,3 +277,27 @@ def test_numbers_of_more_dims_than_their_condition_stay_behind_it():
     (found,) = onnxruntime.InferenceSession(after, providers=["CPUExecutionProvider"]).run(
         None, {"c": np.array([[True, False, True]])})
     np.testing.assert_array_equal(found, [[[0], [-1], [0]]])
+
+
+@pytest.mark.parametrize("static", [True, False], ids=["static", "dynamic"])
+@torch.no_grad()
+def test_causal_attention_to_more_keys_than_queries_stays(static: bool, tmp_path: Path):
+    """The contrib operator lets the last query see all keys, torch and ONNX let the first one see one."""
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query, self.key = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+
+        def forward(self, x, y):
+            query, key, value = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in (self.query(x), self.key(y), y))
+            mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+            return mixed.transpose(1, 2).flatten(2)
+
+    model, x, y = Two().eval(), torch.randn(3, 5, 16), torch.randn(3, 7, 16)
+    graph = mc.capture(model, (torch.randn(2, 4, 16), torch.randn(2, 9, 16)))
+    shapes = {"x": (3, 5, 16), "y": (3, 7, 16)} if static else None
+    with mc.build_engine(graph, tmp_path / "engine", fuse=True, opset=23, shapes=shapes) as engine:
+        (found,) = engine.run({"x": x, "y": y}).values()
+        assert torch.allclose(found, model(x, y), atol=1e-5)
+    made = operators(tmp_path / "engine")
+    assert (made["Attention"], made["MultiHeadAttention"]) == (1, 0)
