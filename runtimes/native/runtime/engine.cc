@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cctype>
+#include <initializer_list>
 #include <limits>
 #include <new>
 #include <optional>
@@ -252,15 +253,21 @@ void refuse_gpu_options(const LoadOptions& options, const std::string& found) {
   }
 }
 
-bool is_out_of_memory(const std::string& message) {
+namespace {
+
+bool says_one_of(const std::string& message, std::initializer_list<const char*> signs) {
   std::string text = message;
   for (char& c : text) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  return std::any_of(signs.begin(), signs.end(),
+                     [&](const char* sign) { return text.find(sign) != std::string::npos; });
+}
+
+}  // namespace
+
+bool is_out_of_memory(const std::string& message) {
   // How ONNX Runtime, CUDA and C++ say it.
-  for (const char* sign : {"out of memory", "can't allocate memory", "failed to allocate memory",
-                           "smaller than requested bytes", "alloc_failed", "bad_alloc"}) {
-    if (text.find(sign) != std::string::npos) return true;
-  }
-  return false;
+  return says_one_of(message, {"out of memory", "can't allocate memory", "failed to allocate memory",
+                               "smaller than requested bytes", "alloc_failed", "bad_alloc"});
 }
 
 Context::Context(std::unique_ptr<State> state) : state_(std::move(state)) {}
@@ -291,6 +298,11 @@ const std::vector<Output>& Context::run(const std::vector<Input>& inputs, const 
     if (dynamic_cast<const std::bad_alloc*>(&error) != nullptr || is_out_of_memory(error.what())) {
       throw Error(ErrorKind::kOther, "there is too little memory for a run of the engine on " + name,
                   {"", found, engine.folder, kMoreMemory});
+    }
+    // How runtimes say that a table has no row of an index.
+    if (says_one_of(error.what(), {"out of bounds", "out of data bounds", "index out of range"})) {
+      throw Error(ErrorKind::kUsage, "an input holds an index that the model has nothing for",
+                  {"words of the vocabulary, and no more rows than the model has positions", found, engine.folder, ""});
     }
     throw Error(ErrorKind::kOther, name + " failed to run the engine",
                 {texts_of(engine.manifest.inputs, ", "), found, engine.folder, ""});

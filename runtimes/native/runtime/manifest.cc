@@ -252,6 +252,12 @@ Manifest read_manifest(const std::string& folder) {
                  "build one with modcompile.build_engine or `modcompile build`"});
   }
   const std::string path = folder + "/" + kName;
+  const auto holds = [&](const char* name) { return fs::exists(fs::path(folder) / name, ignored); };
+  if (!holds(kName) && (holds("modcompile.json") || holds("config.json"))) {
+    throw Error(ErrorKind::kUsage, "the folder holds a model, and no engine",
+                {std::string("a folder with ") + kName, folder, folder,
+                 "build one with modcompile.build_engine or `modcompile build`"});
+  }
   return parse_manifest(read_file(path, kLimitBytes), path);
 }
 

@@ -194,9 +194,11 @@ def test_inputs_that_do_not_fit_are_told_as_in_python(driver, bundles, tmp_path,
     given = words(inputs, tmp_path)
     for ask in ("run", "run-c"):
         answer = driver.ask(ask, bundles / name, tmp_path, *given)
-        if isinstance(caught.value, UsageError):
+        if "Non-zero status code" not in str(caught.value):
+            assert isinstance(caught.value, UsageError)
             assert without_advice(answer) == without_advice(caught.value)
         else:
+            # Before ONNX Runtime's own message Python's package has words of its own.
             assert answer.split("\n")[:2] == str(caught.value).split("\n")[:2]
             assert "input_ids (3, 63), attention_mask (3, 63): " in answer
 
