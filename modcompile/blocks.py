@@ -14,7 +14,7 @@ import sympy
 import torch
 import torch.fx
 
-from modcompile.attention import SOFTMAXES
+from modcompile.attention import SDPA, SOFTMAXES
 from modcompile.capture import capture
 from modcompile.config import MoDConfig
 from modcompile.errors import UsageError
@@ -27,7 +27,6 @@ __all__ = ["ROWS", "Block", "BlockReport", "BlockView", "Side", "analyse_block",
 
 # B batch  S rows  D model dim
 aten = torch.ops.aten
-SDPA = aten.scaled_dot_product_attention.default
 # Ops that broadcast, of which torch tags some overloads alone, or none.
 UNTAGGED = (aten.where, aten.masked_fill, aten.__and__, aten.__or__, aten.__xor__, aten.rsub, aten.floor_divide,
             aten.subtract, aten.multiply, aten.divide, aten.true_divide)

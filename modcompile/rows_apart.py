@@ -97,9 +97,7 @@ class RowsApart:
         if packet is aten.batch_norm:
             return not node.args[5]
         if packet in ALONG:
-            place, usual = ALONG[packet]
-            dim, rank = node.args[place] if len(node.args) > place else node.kwargs.get("dim", usual), len(
-                shape_exprs(node) or ())
+            dim, rank = _dim(node), len(shape_exprs(node) or ())
             return isinstance(dim, int) and dim % rank != rank - 2
         return False
 
@@ -122,9 +120,7 @@ class RowsApart:
             factors = [arg for arg in pytree.tree_leaves((node.args, node.kwargs)) if arg in moving]
             return len(factors) == 1 and not any(self._place(arg) for arg in others)
         if packet in ALONG:
-            place, usual = ALONG[packet]
-            dim = node.args[place] if len(node.args) > place else node.kwargs.get("dim", usual)
-            exprs = shape_exprs(moving[0]) or ()
+            dim, exprs = _dim(node), shape_exprs(moving[0]) or ()
             return isinstance(dim, int) and self.rows not in exprs[dim].free_symbols
         if packet in NORMS:
             return all(isinstance(size, int) for size in node.args[1])
@@ -149,3 +145,9 @@ class RowsApart:
         """Where the rows are among a value's dims, counted from the last, which is 1; None if nowhere."""
         exprs = reversed(shape_exprs(node) or ())
         return next((i for i, expr in enumerate(exprs, 1) if self.rows in expr.free_symbols), None)
+
+
+def _dim(node: torch.fx.Node) -> object:
+    """What an operation of ``ALONG`` looks along."""
+    place, usual = ALONG[node.target.overloadpacket]
+    return node.args[place] if len(node.args) > place else node.kwargs.get("dim", usual)

@@ -378,8 +378,8 @@ class _Case:
         def taken(positions, filled):
             return torch.zeros_like(logits, dtype=torch.bool).scatter(1, positions.cpu(), filled.cpu())
 
-        model, engine = (taken(*(choice(role) for role in ("positions", "filled"))) for choice in (
-            lambda role: run.natural[block.path, role], lambda role: values[f"routing.{block.path}.{role}"]))
+        model = taken(*(run.natural[block.path, role] for role in ("positions", "filled")))
+        engine = taken(*(values[f"routing.{block.path}.{role}"] for role in ("positions", "filled")))
         swapped = model != engine
         rows = max(int((swapped & side).sum()) for side in (engine, model))
         if not rows:

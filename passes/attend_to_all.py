@@ -96,9 +96,8 @@ class _Split:
         self.graph, self.attention, self.path = body.graph, attention, path
         self.inputs = body.graph.find_nodes(op="placeholder")
         self.hidden = self.inputs[0]
-        self.batch, self.rows = (shape_exprs(self.hidden) or ())[:2]
         self.apart = RowsApart(body.graph, attention)
-        self.moving = self.apart.moving
+        self.batch, self.rows, self.moving = self.apart.batch, self.apart.rows, self.apart.moving
         self.keys = ancestors([attention.key, attention.value, *self._beside()])
         self.versions: dict[tuple, torch.fx.Node] = {}
         self.sizes: dict = {}

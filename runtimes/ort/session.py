@@ -82,11 +82,11 @@ def open_session(model: bytes, folder: Path, *, where: Path, providers: Sequence
         options.inter_op_num_threads = _positive(inter_op_threads, "inter_op_threads")
         options.execution_mode = onnxruntime.ExecutionMode.ORT_PARALLEL
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.absolute()))
-    if not isinstance(session_config or {}, Mapping) or not all(
-            isinstance(text, str) for entry in (session_config or {}).items() for text in entry):
+    config = session_config or {}
+    if not isinstance(config, Mapping) or not all(isinstance(text, str) for entry in config.items() for text in entry):
         raise UsageError("session_config does not fit", expected='texts by name, such as {"session.use_mimalloc": "1"}',
-                         found=repr(session_config), where="session_config")
-    for key, value in (session_config or {}).items():
+                         found=repr(config), where="session_config")
+    for key, value in config.items():
         options.add_session_config_entry(key, value)
     if custom_ops is not None:
         _register(custom_ops, options, providers)
