@@ -14,7 +14,7 @@ logits, where halving needs seventeen.
 Imported by ``modcompile.ops.route``, where Triton is installed, when a tensor on CUDA comes along.
 """
 
-__all__ = ["launch", "route_kernel"]
+__all__ = ["in_memory", "launch", "route_kernel"]
 
 import torch
 import triton
@@ -49,6 +49,16 @@ def _trial(is_first, power: tl.constexpr, low, step, i: tl.constexpr, high):
 
 
 @triton.jit
+def _trials(is_first, low, high):
+    # Seven keys between two bounds; at first those of -4, -1, -1/4, 0, 1/4, 1 and 4.
+    step = tl.maximum((high - low) >> 3, 1).to(tl.uint32)
+    return (_trial(is_first, 0x3F7FFFFF, low, step, 1, high), _trial(is_first, 0x407FFFFF, low, step, 2, high),
+            _trial(is_first, 0x417FFFFF, low, step, 3, high), _trial(is_first, 0x80000000, low, step, 4, high),
+            _trial(is_first, 0xBE800000, low, step, 5, high), _trial(is_first, 0xBF800000, low, step, 6, high),
+            _trial(is_first, 0xC0800000, low, step, 7, high))
+
+
+@triton.jit
 def _reach(keys, trial1, trial2, trial3, trial4, trial5, trial6, trial7):
     # How many of eight keys, which one thread has read together, reach each trial, as pairs in the two halves of a
     # number: 1 and 3, 2 and 4, 5 and 7, and 6 alone. The trials ascend.
@@ -76,6 +86,48 @@ def _narrow(trial, reach, capacity, low, reached, high, above):
     is_enough = reach >= capacity
     return (tl.where(is_enough, trial, low), tl.where(is_enough, reach, reached),
             tl.where(is_enough, high, trial), tl.where(is_enough, above, reach))
+
+
+@triton.jit
+def _close_in(count13, count24, count57, count6, trial1, trial2, trial3, trial4, trial5, trial6, trial7, capacity, low,
+              reached, high, above, IS_SHORT: tl.constexpr):
+    # The two neighbours among trials and bounds between which the K-th best key lies, of what each thread has counted.
+    if IS_SHORT:
+        count13, count24, count57, reach6 = tl.reduce((count13, count24, count57, count6), 0, _add4)
+        reach1, reach2, reach3 = count13 & 0xFFFF, count24 & 0xFFFF, count13 >> 16
+        reach4, reach5, reach7 = count24 >> 16, count57 & 0xFFFF, count57 >> 16
+    else:
+        reach1, reach2, reach3, reach4, reach5, reach6, reach7 = tl.reduce(
+            (count13 & 0xFFFF, count24 & 0xFFFF, count13 >> 16, count24 >> 16, count57 & 0xFFFF, count6, count57 >> 16),
+            0, _add7)
+    # Three questions find them.
+    upper = reach4 >= capacity
+    middle, reach_middle = tl.where(upper, trial6, trial2), tl.where(upper, reach6, reach2)
+    above_middle = reach_middle >= capacity
+    last = tl.where(upper, tl.where(above_middle, trial7, trial5), tl.where(above_middle, trial3, trial1))
+    reach_last = tl.where(upper, tl.where(above_middle, reach7, reach5), tl.where(above_middle, reach3, reach1))
+    low, reached, high, above = _narrow(trial4, reach4, capacity, low, reached, high, above)
+    low, reached, high, above = _narrow(middle, reach_middle, capacity, low, reached, high, above)
+    return _narrow(last, reach_last, capacity, low, reached, high, above)
+
+
+@triton.jit
+def _threshold(low, reached, above, capacity):
+    # Rows whose keys reach the first number are chosen, and of those that tie just below it as many as the second says.
+    is_exact = reached == capacity
+    return tl.maximum(tl.where(is_exact, low, low + 1), 1), tl.where(is_exact, 0, capacity - above)
+
+
+@triton.jit
+def _slots(keys, least, wanted, chosen_seen, ties_seen):
+    # Which rows of a block are chosen, into which slots, and how many of both kinds there are. One running sum of two
+    # counts: chosen rows in the upper 16 bits, ties in the lower. A block has 2^13 rows at most.
+    ties = keys == least - 1
+    counts = ((keys >= least).to(tl.int32) << 16) | ties.to(tl.int32)
+    before = tl.cumsum(counts, 0) - counts
+    ties_before = ties_seen + (before & 0xFFFF)
+    chosen = (keys >= least) | (ties & (ties_before < wanted))
+    return chosen, chosen_seen + (before >> 16) + tl.minimum(ties_before, wanted), counts
 
 
 @triton.jit
@@ -131,15 +183,7 @@ def route_kernel(
     high = tl.full((), 0xFFFFFFFF, tl.uint32)
     is_first = True
     while (high - low > 1) & (reached != capacity):
-        step = tl.maximum((high - low) >> 3, 1).to(tl.uint32)
-        # The keys of -4, -1, -1/4, 0, 1/4, 1 and 4.
-        trial1 = _trial(is_first, 0x3F7FFFFF, low, step, 1, high)
-        trial2 = _trial(is_first, 0x407FFFFF, low, step, 2, high)
-        trial3 = _trial(is_first, 0x417FFFFF, low, step, 3, high)
-        trial4 = _trial(is_first, 0x80000000, low, step, 4, high)
-        trial5 = _trial(is_first, 0xBE800000, low, step, 5, high)
-        trial6 = _trial(is_first, 0xBF800000, low, step, 6, high)
-        trial7 = _trial(is_first, 0xC0800000, low, step, 7, high)
+        trial1, trial2, trial3, trial4, trial5, trial6, trial7 = _trials(is_first, low, high)
         is_first = False
         # Threads count for themselves until the row ends, so that no block waits for the one before.
         count13 = tl.zeros((BLOCK // 8,), tl.int32)
@@ -157,28 +201,11 @@ def route_kernel(
             count24 += block24
             count57 += block57
             count6 += block6
-        if IS_SHORT:
-            count13, count24, count57, reach6 = tl.reduce((count13, count24, count57, count6), 0, _add4)
-            reach1, reach2, reach3 = count13 & 0xFFFF, count24 & 0xFFFF, count13 >> 16
-            reach4, reach5, reach7 = count24 >> 16, count57 & 0xFFFF, count57 >> 16
-        else:
-            reach1, reach2, reach3, reach4, reach5, reach6, reach7 = tl.reduce(
-                (count13 & 0xFFFF, count24 & 0xFFFF, count13 >> 16, count24 >> 16, count57 & 0xFFFF, count6,
-                 count57 >> 16), 0, _add7)
-        # Three questions find the two neighbours between which the K-th best key lies.
-        upper = reach4 >= capacity
-        middle, reach_middle = tl.where(upper, trial6, trial2), tl.where(upper, reach6, reach2)
-        above_middle = reach_middle >= capacity
-        last = tl.where(upper, tl.where(above_middle, trial7, trial5), tl.where(above_middle, trial3, trial1))
-        reach_last = tl.where(upper, tl.where(above_middle, reach7, reach5), tl.where(above_middle, reach3, reach1))
-        low, reached, high, above = _narrow(trial4, reach4, capacity, low, reached, high, above)
-        low, reached, high, above = _narrow(middle, reach_middle, capacity, low, reached, high, above)
-        low, reached, high, above = _narrow(last, reach_last, capacity, low, reached, high, above)
+        low, reached, high, above = _close_in(
+            count13, count24, count57, count6, trial1, trial2, trial3, trial4, trial5, trial6, trial7, capacity, low,
+            reached, high, above, IS_SHORT)
 
-    # Rows that reach `least` are chosen, and of those that tie just below it the first `wanted`.
-    least = tl.maximum(tl.where(reached == capacity, low, low + 1), 1)
-    wanted = tl.where(reached == capacity, 0, capacity - above)
-    # One running sum of two counts: chosen rows in the upper 16 bits, ties in the lower. A block has 2^13 rows at most.
+    least, wanted = _threshold(low, reached, above, capacity)
     chosen_seen = tl.zeros((), tl.int32)
     ties_seen = tl.zeros((), tl.int32)
     for start in range(0, rows, BLOCK):
@@ -187,12 +214,7 @@ def route_kernel(
             inside = at < rows
             ok = tl.load(valid + at, mask=inside, other=0) != 0 if HAS_VALID else inside
             keys = _keys(tl.load(logits + at, mask=inside, other=0.0), ok, inside, padding_enters, HAS_VALID)
-        ties = keys == least - 1
-        counts = ((keys >= least).to(tl.int32) << 16) | ties.to(tl.int32)
-        before = tl.cumsum(counts, 0) - counts
-        ties_before = ties_seen + (before & 0xFFFF)
-        chosen = (keys >= least) | (ties & (ties_before < wanted))
-        slot = chosen_seen + (before >> 16) + tl.minimum(ties_before, wanted)
+        chosen, slot, counts = _slots(keys, least, wanted, chosen_seen, ties_seen)
         tl.store(positions + slot, at.to(tl.int64), mask=chosen)
         if HAS_VALID:
             tl.store(filled + slot, (keys == 0xFFFFFFFF) | (padding_enters == 0), mask=chosen)
@@ -202,6 +224,16 @@ def route_kernel(
             total = tl.sum(counts)
             chosen_seen += total >> 16
             ties_seen += total & 0xFFFF
+
+
+def in_memory(tensor: Tensor) -> Tensor:
+    """The tensor for a kernel, contiguous.
+
+    As a view: what Inductor has not written yet it would else write for each argument of the kernel anew, and compute
+    again for whatever else reads it. For a view it writes the tensor once.
+    """
+    tensor = tensor.contiguous()
+    return tensor.as_strided(tensor.shape, tensor.stride())
 
 
 def launch(
@@ -223,7 +255,7 @@ def launch(
     filled = logits.new_empty((batch, capacity), dtype=torch.bool)
     # A size that is symbolic can be anything.
     block = min(max(triton.next_power_of_2(rows), 128), LONGEST_HELD) if isinstance(rows, int) else LONGEST_HELD
-    logits = logits.contiguous()
+    logits = in_memory(logits) if traced else logits.contiguous()
     kernel = wrap_triton(route_kernel) if traced else route_kernel
     kernel[(batch,)](
         logits,

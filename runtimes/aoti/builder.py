@@ -27,6 +27,7 @@ from modcompile.passes.fuse_gelu import FuseGelu
 from modcompile.passes.fuse_rms_norm import FuseRmsNorm
 from modcompile.passes.norm_before_merge import NormBeforeMerge
 from modcompile.passes.overwrite_rows import OverwriteRows
+from modcompile.passes.route_and_norm import RouteAndNorm
 from modcompile.passes.simplify_masks import SimplifyMasks
 from modcompile.passes.sum_columns import SumColumns
 from modcompile.runtimes.aoti.choices import GatheredRows
@@ -142,8 +143,8 @@ def lowering_passes(precision: str, device: torch.device | None = None) -> list[
         SumColumns(),
         # What is left of a merge, where nothing is left of its gate.
         OverwriteRows(),
-        # cuBLASLt's products have an activation in them.
-        *([ActivateProducts()] if device and device.type == "cuda" else []),
+        # cuBLASLt's products have an activation in them, and what chooses rows can norm them.
+        *([ActivateProducts(), RouteAndNorm()] if device and device.type == "cuda" else []),
         # For what is left there is a form without a tanh.
         *([ExpandGelu()] if device else []),
     ]
