@@ -344,7 +344,8 @@ def _unfit(path: str, body, batch: sympy.Expr, rows: sympy.Expr, width: sympy.Ex
                            for e in shape_exprs(arg) or ()}
         if rows in sizes or rows == batch:
             return Skip(f"S = {rows} is fixed and also the size of a parameter's dim, so the two cannot be told apart; "
-                        "choose an input with another number of tokens", path)
+                        "choose an input with another number of tokens, or keep tables of positions out of the block",
+                        path)
         if rows == 1:
             return Skip("S = 1: there is nothing to choose from", path)
     return None

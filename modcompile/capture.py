@@ -7,6 +7,7 @@ it came from. No model family is special here: what varies is found from the gra
 import collections
 import contextlib
 import inspect
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -23,12 +24,14 @@ from modcompile.interface import Interface, graph_name, pack_tree
 from modcompile.model import GraphModel
 from modcompile.pass_manager import PassManager
 from modcompile.program import Program
-from modcompile.shapes import dim_expr, uncached
+from modcompile.shapes import dim_expr, shape_exprs, uncached
 from modcompile.spec import TensorSpec, dtype_name
 
 __all__ = ["capture"]
 
 ROLES = ("batch", "sequence")
+# From a size to one far above it, which leaves the same remainder for all likely divisors.
+FAR = math.factorial(20)
 
 
 def capture(model: nn.Module, example_inputs: dict | tuple | torch.Tensor, *, dynamic: bool = True) -> GraphModel:
@@ -38,7 +41,8 @@ def capture(model: nn.Module, example_inputs: dict | tuple | torch.Tensor, *, dy
         model: Any module whose forward takes tensors (and constants, which are fixed at their example's value). One
             that is a graph already, a MoDModel or a pruned model for example, is returned as it is.
         example_inputs: Arguments by name, or positional ones in a tuple. Sizes are examples: every dim that the model
-            does not fix may vary, from 2 on.
+            does not fix may vary, from 2 on. Those that it fixes together are the example's: the height and width of
+            an image whose patches meet a table of 16 positions.
         dynamic: Whether dims may vary; if not, every size is the example's.
 
     Returns:
@@ -61,26 +65,18 @@ def capture(model: nn.Module, example_inputs: dict | tuple | torch.Tensor, *, dy
         # A generation cache is state, not a value: a graph without it is what training and prefill scoring run.
         arguments["use_cache"] = False
     arguments = _distinct_sizes(arguments, dynamic)
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with uncached(), _named_arguments(model, arguments):
-            exported = torch.export.export(model.eval(), (), arguments, strict=False,
-                                           dynamic_shapes=pytree.tree_map(_auto, arguments) if dynamic else None)
-    except Exception as error:
-        message = str(error).strip().partition("\n")[0]
-        _check_takes(model, arguments)
-        raise UnsupportedGraphError("torch.export cannot trace the model", found=f"{type(error).__name__}: {message}",
-                                    where=type(model).__name__,
-                                    expected="a forward without data-dependent control flow",
-                                    fix="see the message of torch.export; a smaller forward, or constants in "
-                                    "example_inputs, often help") from error
-    finally:
-        for module, training in modes:
-            module.training = training
-    traced = exported.module(check_guards=False)
-    flat, _ = pytree.tree_flatten(arguments)
-    graph = _flatten(traced, flat)
-    names, hints = _name_symbols(graph)
+    flat = pytree.tree_leaves(arguments)
+    shapes = pytree.tree_map(_auto, arguments) if dynamic else None
+    while True:
+        exported = _export(model, arguments, shapes)
+        traced = exported.module(check_guards=False)
+        graph = _flatten(traced, flat)
+        names, hints = _name_symbols(graph)
+        fixed = _fixed_names(graph, names, hints)
+        if not fixed:
+            break
+        # Again, with numbers for what is fixed: an expression that is always 16 is not seen to be the 16 of a table.
+        shapes = _varying(graph, arguments, {symbol for symbol, name in names.items() if name not in fixed})
     _check_float_sizes(graph, names)
     _merge_symbols(graph, names)
     interface = _interface(graph, parameters, _defaults(model), arguments, exported.call_spec.out_spec, names)
@@ -98,6 +94,30 @@ def capture(model: nn.Module, example_inputs: dict | tuple | torch.Tensor, *, dy
     manager(graph_module)
     made.passes = manager.ran
     return made
+
+
+def _export(model: nn.Module, arguments: dict[str, Any], dynamic_shapes: dict | None) -> torch.export.ExportedProgram:
+    """The program of a forward in evaluation mode; the model's modes stay as they are.
+
+    Raises:
+        UnsupportedGraphError: A forward that torch.export cannot trace.
+        UsageError: Arguments that the model does not take.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with uncached(), _named_arguments(model, arguments):
+            return torch.export.export(model.eval(), (), arguments, strict=False, dynamic_shapes=dynamic_shapes)
+    except Exception as error:
+        message = str(error).strip().partition("\n")[0]
+        _check_takes(model, arguments)
+        raise UnsupportedGraphError("torch.export cannot trace the model", found=f"{type(error).__name__}: {message}",
+                                    where=type(model).__name__,
+                                    expected="a forward without data-dependent control flow",
+                                    fix="see the message of torch.export; a smaller forward, or constants in "
+                                    "example_inputs, often help") from error
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _check_takes(model: nn.Module, arguments: dict[str, Any]) -> None:
@@ -195,6 +215,19 @@ def _auto(value):
     return {dim: torch.export.Dim.AUTO for dim in range(value.dim())} if isinstance(value, torch.Tensor) else None
 
 
+def _varying(graph: torch.fx.Graph, arguments: dict, symbols: set) -> dict:
+    """The dynamic sizes of an export in which only the dims of these symbols vary."""
+    nodes = iter(graph.find_nodes(op="placeholder"))
+
+    def dims(value):
+        if not isinstance(value, torch.Tensor):
+            return None
+        sizes = shape_exprs(next(nodes)) or ()
+        return {dim: torch.export.Dim.AUTO for dim, size in enumerate(sizes) if size in symbols}
+
+    return pytree.tree_map(dims, arguments)
+
+
 def _distinct_sizes(arguments: dict, dynamic: bool) -> dict:
     """Repeats a batch of 1, whose size torch.export would fix, or of another dim's size, which it would take for it."""
     tensors = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, torch.Tensor) and leaf.dim()]
@@ -289,18 +322,45 @@ def _name_symbols(graph: torch.fx.Graph) -> tuple[dict, dict[str, int]]:
     return names, hints
 
 
+def _equalities(graph: torch.fx.Graph) -> list[sympy.Eq]:
+    """The equalities that torch.export guards, in the symbols that the graph has."""
+    values = [node.meta["val"] for node in graph.find_nodes(op="placeholder")]
+    mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+    if not mode or not mode.shape_env:
+        return []
+    exprs = [mode.shape_env.replace(guard.expr) for guard in mode.shape_env.guards if guard.expr.is_Equality]
+    return [expr for expr in exprs if expr.is_Equality]
+
+
+def _fixed_names(graph: torch.fx.Graph, names: dict, hints: dict[str, int]) -> set[str]:
+    """The names of sizes that the model fixes only together, or to a few values.
+
+    torch.export puts a number for a size that one equality gives, as S + 1 = 17 does, but only guards
+    (height // 4) * (width // 4) = 16, for an image whose patches have 16 positions.
+    """
+    known = {symbol: hints[name] for symbol, name in names.items()}
+    fixed = set()
+    for equality in _equalities(graph):
+        left, right = equality.args
+        # B * S = B * 16 fixes S. What makes two sizes depend on each other fixes neither.
+        above, below = sympy.fraction(left / (right or 1))
+        if not (above.free_symbols and below.free_symbols) and not equality.has(ToFloat):
+            # S % 4 = 0 and S // (S // 4) = 4 hold far from the example too: they fix nothing.
+            fixed |= {names[symbol] for symbol in equality.free_symbols & known.keys()
+                      if equality.xreplace(known | {symbol: known[symbol] + FAR}) is sympy.false}
+    return fixed
+
+
 def _check_float_sizes(graph: torch.fx.Graph, names: dict) -> None:
     """Refuses a size that was computed through a float: torch.export fixes it at the example's, and only guards it.
 
     Raises:
         UnsupportedGraphError: Such a guard on a size that may vary.
     """
-    values = [node.meta["val"] for node in graph.find_nodes(op="placeholder")]
-    mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
-    for guard in mode.shape_env.guards if mode and mode.shape_env else ():
-        fixed = next((side for side in guard.expr.args if side.is_number), None) if guard.expr.is_Equality else None
-        if fixed is not None and guard.expr.has(ToFloat) and guard.expr.free_symbols & names.keys():
-            computed = next(side for side in guard.expr.args if side is not fixed)
+    for equality in _equalities(graph):
+        fixed = next((side for side in equality.args if side.is_number), None)
+        if fixed is not None and equality.has(ToFloat) and equality.free_symbols & names.keys():
+            computed = next(side for side in equality.args if side is not fixed)
             text = str(computed.xreplace({symbol: sympy.Symbol(name) for symbol, name in names.items()}))
             raise UnsupportedGraphError("the model computes a size through a float, which fixes it", where="forward",
                                         expected="sizes in integers", found=f"{text}, {fixed} in the example",

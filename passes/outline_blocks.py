@@ -90,11 +90,17 @@ def _outline(graph_module: torch.fx.GraphModule, view: BlockView, known: dict) -
     _install(graph_module, view.path, body.graph)
     try:
         propagate_alike(graph_module.get_submodule(view.path), *body.input_specs(), known)
+        rows = (shape_exprs(body.values[view.hidden]) or ())[1]
+        # A symbol that met a number is that number: the block has a table of so many rows.
+        if rows.is_number:
+            raise ValueError(f"it takes {rows} rows only")
     except Exception as error:
+        size = f"S = {view.rows}" if view.rows.is_number else "S"
         raise UnsupportedGraphError(f"block {view.path} does not compute another number of rows",
-                                    expected=f"a block in which S = {view.rows} is the size of the sequence only",
+                                    expected=f"a block in which {size} is the size of the sequence only",
                                     found=str(error).splitlines()[0], where=view.path,
-                                    fix="choose an input with another number of tokens") from error
+                                    fix="choose an input with another number of tokens, or leave the block out of "
+                                    "MoDConfig.blocks") from error
     view.result.replace_all_uses_with(call)
     for node in reversed(view.body):
         graph.erase_node(node)

@@ -300,7 +300,7 @@ def test_a_fixed_size_that_is_also_a_features():
     found = reasons(Stack(Mlp(), Mlp()), torch.randn(2, 16, 8), dynamic=False)
     assert set(found.values()) == {
         "S = 16 is fixed and also the size of a parameter's dim, so the two cannot be told apart; choose an input with "
-        "another number of tokens"}
+        "another number of tokens, or keep tables of positions out of the block"}
 
 
 def test_reasons_name_sizes_as_the_inputs_do():
@@ -356,12 +356,13 @@ def test_every_other_of_one():
 
 
 class Patches(nn.Module):
-    """An image of 9 patches and a class token: S is 10 where the forward says so, else computed from the pixels."""
+    """An image of 9 patches and a class token: S is 10 as the forward checks, or as its positions are, or not fixed."""
 
-    def __init__(self, strict: bool):
+    def __init__(self, fixed: str | None):
         super().__init__()
-        self.strict = strict
-        self.patch, self.positions = nn.Conv2d(3, 8, 4, 4), nn.Parameter(torch.randn(1, 10, 8))
+        self.strict = fixed == "checked"
+        self.patch = nn.Conv2d(3, 8, 4, 4)
+        self.positions = nn.Parameter(torch.randn(1, 10 if fixed else 1, 8))
         layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
@@ -373,12 +374,13 @@ class Patches(nn.Module):
         return self.encoder(hidden)
 
 
-@pytest.mark.parametrize(("strict", "dynamic", "rows"), [
-    (True, True, 10), (True, False, 10), (False, True, "((image_2//4))*((image_3//4)) + 1")])
-def test_an_image(strict, dynamic, rows):
+@pytest.mark.parametrize(("fixed", "dynamic", "rows"), [
+    ("checked", True, 10), ("checked", False, 10), ("positions", True, 10),
+    (None, True, "((image_2//4))*((image_3//4)) + 1")])
+def test_an_image(fixed, dynamic, rows):
     """nn.MultiheadAttention merges S with B and with B * H: all three become K."""
     torch.manual_seed(0)
-    model = Patches(strict).eval()
+    model = Patches(fixed).eval()
     graph = capture(model, (torch.randn(2, 3, 12, 12),), dynamic=dynamic)
     mod = convert(graph, None, MoDConfig(blocks="all", capacity_ratio=0.3))
     assert [block.rows for block in mod.routed_blocks] in ([rows] * 2, ["((image_3//4))*((image_2//4)) + 1"] * 2)
@@ -390,6 +392,49 @@ def test_an_image(strict, dynamic, rows):
             # New routers take the first rows.
             hidden = torch.cat([layer(hidden[:, :3]), hidden[:, 3:]], 1)
         assert (mod(images) - hidden).abs().max() < 1e-5
+
+
+class Placed(nn.Module):
+    """Adds a number for each of 15 positions inside the block."""
+
+    def __init__(self, bounded: bool):
+        super().__init__()
+        self.bounded, self.mlp = bounded, Mlp()
+        self.table = nn.Parameter(randn(15, 8, seed=2))
+
+    def forward(self, hidden):
+        return self.mlp(hidden + (self.table.tanh() if self.bounded else self.table))
+
+
+class Pictures(nn.Module):
+    """15 patches, without a word on the size of the image: only the tables fix it."""
+
+    def __init__(self, *layers: nn.Module):
+        super().__init__()
+        self.patch, self.positions = nn.Conv2d(3, 8, 4, 4), nn.Parameter(randn(15, 8, seed=3))
+        self.stack = Stack(*layers)
+
+    def forward(self, image):
+        return self.stack(self.patch(image).flatten(2).transpose(1, 2) + self.positions)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 15])
+def test_what_a_block_computes_for_each_position_is_gathered(batch):
+    model = Pictures(Placed(True), Placed(True)).eval()
+    config = MoDConfig(blocks=[1], capacity_ratio=0.4, gate="straight-through")
+    mod = randomise_routers(convert(model, (randn(2, 3, 12, 20),), config))
+    images = randn(batch, 3, 12, 20, seed=4)
+    with torch.no_grad(), trace_routing(mod) as trace:
+        out = mod(images)
+        before = model.stack.layers[0](model.patch(images).flatten(2).transpose(1, 2) + model.positions)
+        # Its rows do not see each other.
+        after = torch.where(trace["stack.layers.1"].taken()[..., None], model.stack.layers[1](before), before)
+        assert torch.allclose(out, after, atol=1e-6)
+
+
+def test_a_table_of_positions_in_a_block_is_refused():
+    found = reasons(Pictures(Placed(False), Mlp()), randn(2, 3, 12, 20))
+    assert found["stack.layers.1"] is None and found["stack.layers.0"].startswith("S = 15 is fixed and also the size")
 
 
 def test_a_number_that_happens_to_be_s_stays():

@@ -330,6 +330,91 @@ def test_an_image_has_a_sequence_of_its_own_size():
     assert_alike(graph, model, rows(3, 3, 12, 12))
 
 
+class Patches(nn.Module):
+    """Computes something of the 15 patches of an image, which another image may have more of, and of a table."""
+
+    def __init__(self, compute, *shape):
+        super().__init__()
+        self.patch, self.table, self.compute = nn.Conv2d(3, 8, 4, 4), nn.Parameter(rows(*shape)), compute
+
+    def forward(self, image):
+        return self.compute(self.patch(image).flatten(2).transpose(1, 2), self.table)
+
+
+class Rows(nn.Module):
+    """Computes something of rows and of a table."""
+
+    def __init__(self, compute, *shape):
+        super().__init__()
+        self.table, self.compute = nn.Parameter(rows(*shape)), compute
+
+    def forward(self, hidden):
+        return self.compute(hidden, self.table)
+
+
+def exports(monkeypatch):
+    """Counts the calls of torch.export."""
+    calls, export = [], torch.export.export
+    monkeypatch.setattr(torch.export, "export", lambda *args, **kwargs: calls.append(1) or export(*args, **kwargs))
+    return calls
+
+
+IMAGE = ("batch", 3, 12, 20)
+
+
+@pytest.mark.parametrize(("model", "example", "shape"), [
+    (Patches(torch.add, 15, 8), (3, 12, 20), IMAGE),
+    (Patches(lambda h, table: torch.cat([h[:, :1], h], 1) + table, 16, 8), (3, 12, 20), IMAGE),
+    (Patches(lambda h, table: table @ h, 15, 15), (3, 12, 20), IMAGE),
+    (Patches(lambda h, table: h.reshape(-1, 15, 8) * table, 8), (3, 12, 20), IMAGE),
+    (Patches(lambda h, table: h.reshape(h.shape[0] * 15, 8) * table, 8), (3, 12, 20), IMAGE),
+    # A side of the grid, through a float: it is refused only where it may vary.
+    (Patches(lambda h, table: (h + table).unflatten(1, (int(h.shape[1] ** 0.5), -1)), 9, 8), (3, 12, 12),
+     ("batch", 3, 12, 12)),
+    (Rows(lambda h, table: h[:, ::2] + table, 8, 8), (15, 8), ("batch", 15, 8)),
+    (Rows(lambda h, table: torch.cat([h[:, :1], h], 1) + table, 16, 8), (15, 8), ("batch", 15, 8)),
+], ids=["positions", "class", "mix", "view", "batch", "float", "half", "one-more"])
+def test_sizes_that_the_model_fixes_together_are_the_examples(model, example, shape):
+    graph = capture(model, (rows(1, *example),))
+    assert graph.inputs[0].shape == shape and graph.hints.keys() == {"batch"}
+    assert all(isinstance(size, int) for size in graph.outputs[0].shape[1:])
+    for batch in (1, 3):
+        assert_alike(graph, model, rows(batch, *example))
+    with pytest.raises(UsageError, match="dim 2 of input image" if len(shape) == 4 else "dim 1 of input hidden"):
+        graph(rows(2, *(2 * size if size > 8 else size for size in example)))
+
+
+@pytest.mark.parametrize(("model", "example", "other"), [
+    (Rows(torch.add, 8), (5, 8), (63, 8)),
+    (Rows(lambda h, table: h + table[: h.shape[1]], 64, 8), (5, 8), (63, 8)),
+    (Rows(lambda h, table: h.unflatten(1, (-1, 4)) + table, 4, 8), (16, 8), (60, 8)),
+    (Rows(lambda h, table: h.view(-1, h.shape[1] // 4, 4, 8) + table, 4, 8), (16, 8), (60, 8)),
+    (Rows(lambda h, table: h + table if h.shape[1] % 3 == 2 else h, 8), (5, 8), (62, 8)),
+    (Patches(torch.mul, 8), (3, 12, 20), (3, 24, 16)),
+    (Patches(lambda h, table: h + table[: h.shape[1]], 64, 8), (3, 12, 20), (3, 24, 16)),
+], ids=["free", "slice", "windows", "windows-of-4", "remainder", "image", "image-slice"])
+def test_sizes_that_may_vary_are_captured_once(model, example, other, monkeypatch):
+    calls = exports(monkeypatch)
+    graph = capture(model, (rows(2, *example),))
+    assert len(calls) == 1
+    assert_alike(graph, model, rows(3, *other))
+
+
+def test_an_inputs_fixed_length_is_that_of_inputs_of_its_name():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(rows(8, 8))
+
+        def forward(self, words, memory):
+            return (words[:, ::2] + self.table).sum(1) + memory.sum(1)
+
+    graph = capture(Two(), (rows(2, 15, 8), rows(2, 15, 8)))
+    assert [spec.shape for spec in graph.inputs] == [("batch", 15, 8)] * 2
+    graph = capture(Two(), (rows(2, 15, 8), rows(2, 7, 8)))
+    assert [spec.shape for spec in graph.inputs] == [("batch", 15, 8), ("batch", "sequence", 8)]
+
+
 class TwoLengths(nn.Module):
     def forward(self, words, memory):
         return words.sum(1) + memory.sum(1)

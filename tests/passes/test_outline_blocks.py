@@ -239,3 +239,26 @@ def test_a_block_that_holds_the_number_of_rows_in_another_form():
         OutlineBlocks(("layers.0", "layers.1")).call(graph_module)
     assert caught.value.details["expected"] == "a block in which S = 5 is the size of the sequence only"
     assert "Split sizes add up to 5" in caught.value.details["found"]
+
+
+def test_a_block_whose_table_fits_the_examples_rows_only():
+    """Nothing here says that S is a number: it follows from the range of an input's size."""
+    class Placed(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(randn(5, 8))
+
+        def forward(self, hidden):
+            return super().forward(hidden + self.table.tanh())
+
+    class Halved(Stack):
+        def forward(self, hidden):
+            if not 9 <= hidden.shape[1] < 11:
+                raise ValueError("9 or 10 rows")
+            return super().forward(hidden[:, ::2])
+
+    graph_module = capture(Halved(Placed(), Placed()), (randn(2, 9, 8),)).graph_module
+    with pytest.raises(UnsupportedGraphError, match=r"block layers\.1 does not compute another number") as caught:
+        OutlineBlocks(("layers.0", "layers.1")).call(graph_module)
+    assert caught.value.details["expected"] == "a block in which S is the size of the sequence only"
+    assert caught.value.details["found"] == "it takes 5 rows only"
