@@ -82,6 +82,7 @@ def capture(model: nn.Module, example_inputs: dict | tuple | torch.Tensor, *, dy
     interface = _interface(graph, parameters, _defaults(model), arguments, exported.call_spec.out_spec, names)
     graph_module = Program(graph).assemble(*_tensors(model, traced, graph))
     # Imported here: the passes import the pass manager, which this module uses too.
+    from modcompile.passes.expand_einsum import ExpandEinsum
     from modcompile.passes.functionalize import Functionalize
     from modcompile.passes.hoist_sizes import HoistSizes
     from modcompile.passes.remove_noops import RemoveNoops
@@ -90,7 +91,8 @@ def capture(model: nn.Module, example_inputs: dict | tuple | torch.Tensor, *, dy
 
     made = GraphModel(graph_module, interface, hints)
     # Without writes and tracing leftovers, and with sizes computed once, blocks have only the inputs they need.
-    manager = PassManager([SplitBaddbmm(), Functionalize(), RemoveNoops(), HoistSizes(), SimplifyMasks()])
+    manager = PassManager([ExpandEinsum(), SplitBaddbmm(), Functionalize(), RemoveNoops(), HoistSizes(),
+                           SimplifyMasks()])
     manager(graph_module)
     made.passes = manager.ran
     return made
