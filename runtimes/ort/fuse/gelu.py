@@ -8,6 +8,7 @@ __all__ = ["fuse_gelu"]
 
 import onnx_ir as ir
 from modcompile.runtimes.ort.fuse.edit import MICROSOFT
+from modcompile.runtimes.ort.fuse.source import fits_bias
 from onnxscript.rewriter import MatchResult, RewriteRuleClassBase, RewriteRuleSet
 
 
@@ -27,8 +28,8 @@ class _BiasGelu(RewriteRuleClassBase):
     def check(self, op, x, bias, gelu, **_) -> MatchResult:
         result = MatchResult()
         found = gelu.producer().attributes.get_string("approximate", "none")
-        if found != self.approximate or bias.shape is None or len(bias.shape) != 1:
-            return result.fail("another GELU, or no bias of rank 1")
+        if found != self.approximate or not fits_bias(x, bias):
+            return result.fail("another GELU, or no bias [N]")
         return result
 
     def rewrite(self, op, x, bias, **_):

@@ -32,7 +32,7 @@ import numpy as np
 import onnx_ir as ir
 from modcompile.runtimes.ort.custom_ops import DOMAIN
 from modcompile.runtimes.ort.fuse.edit import MICROSOFT, add_constant, add_function, set_inputs, take_place
-from modcompile.runtimes.ort.fuse.source import summands
+from modcompile.runtimes.ort.fuse.source import fits_bias, summands
 from onnxscript.rewriter.ort_fusions.skip_normalization import (
     fuse_skip_layer_normalization,
     fuse_skip_rms_normalization,
@@ -133,7 +133,7 @@ def _take_bias(skip: ir.Node) -> None:
         if value is None or len(value.uses()) != 1 or value.is_graph_output():
             continue
         for product, bias in summands(value):
-            if bias.shape is not None and value.shape is not None and list(bias.shape) == list(value.shape[-1:]):
+            if fits_bias(value, bias) and fits_bias(product, bias):
                 further = [*skip.inputs[2:place], *[None] * (place - len(skip.inputs))]
                 set_inputs(skip, [product, other, *further, bias])
                 return

@@ -1,6 +1,6 @@
 """What a value of a graph is computed from."""
 
-__all__ = ["depends_on_inputs", "summands"]
+__all__ = ["depends_on_inputs", "fits_bias", "summands"]
 
 import onnx_ir as ir
 
@@ -26,3 +26,12 @@ def summands(value: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
         return []
     first, second = add.inputs
     return [] if first is None or second is None else [(first, second), (second, first)]
+
+
+def fits_bias(value: ir.Value, bias: ir.Value) -> bool:
+    """Whether a bias is [N] and a value [..., N]: ONNX Runtime's own operators broadcast neither of the two."""
+    weight = None
+    if value.shape is None and (product := value.producer()) is not None and product.op_type == "MatMul":
+        weight = product.inputs[1]
+    shape = value.shape if weight is None else weight.shape
+    return bias.shape is not None and len(bias.shape) == 1 and shape is not None and bias.shape[0] == shape[-1]

@@ -301,3 +301,114 @@ def test_causal_attention_to_more_keys_than_queries_stays(static: bool, tmp_path
         assert torch.allclose(found, model(x, y), atol=1e-5)
     made = operators(tmp_path / "engine")
     assert (made["Attention"], made["MultiHeadAttention"]) == (1, 0)
+
+
+class Heads(torch.nn.Module):
+    """Attention of two heads, with one bias for all of what is named, and values of another width."""
+
+    def __init__(self, alike: str = "", width: int = 8):
+        super().__init__()
+        sizes = {"query": 16, "key": 16, "value": 2 * width}
+        self.weights = torch.nn.ParameterDict({name: torch.randn(16, size) / 4 for name, size in sizes.items()})
+        self.biases = torch.nn.ParameterDict({
+            name: torch.randn(1 if name in alike else size) for name, size in sizes.items()})
+
+    def forward(self, x, mask=None):
+        query, key, value = ((x @ self.weights[name] + self.biases[name]).unflatten(-1, (2, -1)).transpose(1, 2)
+                             for name in ("query", "key", "value"))
+        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask)
+        return mixed.transpose(1, 2).flatten(2)
+
+
+@torch.no_grad()
+def fused_operators(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], folder: Path, **options) -> Counter:
+    """The operators of a fused engine, which computes what the model does."""
+    graph = mc.capture(model.eval(), tuple(value[:, :5] if value.shape[0] == 3 else value[..., :5, :5]
+                                           for value in inputs))
+    names = [spec.name for spec in graph.inputs]
+    with mc.build_engine(graph, folder, fuse=True, opset=23, **options) as engine:
+        (found,) = engine.run(dict(zip(names, inputs, strict=True))).values()
+    assert farthest(found, model(*inputs)) <= ORT
+    return operators(folder)
+
+
+def attention_inputs(*mask: int, rows: int = 9) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(shape, generator=generator) for shape in ((3, rows, 16), mask) if shape)
+
+
+@pytest.mark.parametrize("kind", ["added", "bool"])
+@pytest.mark.parametrize("shape", [(9, 9), (1, 9, 9), (2, 9, 9), (1, 2, 9, 9)], ids=str)
+def test_masks_of_fewer_dims_are_taken_too(shape: tuple[int, ...], kind: str, tmp_path: Path):
+    """The contrib operators take four; ONNX, as torch, any that broadcast."""
+    x, mask = attention_inputs(*shape)
+    mask = (mask > 0) | torch.eye(9, dtype=torch.bool) if kind == "bool" else mask
+    counts = fused_operators(Heads(), (x, mask), tmp_path / "engine")
+    assert counts["MultiHeadAttention"] == 1 and counts["Add"] == counts["Attention"] == 0
+
+
+def test_a_mask_of_few_dims_is_shaped_once(tmp_path: Path):
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList([Heads(), Heads()])
+
+        def forward(self, x, mask):
+            return self.layers[1](self.layers[0](x, mask), mask)
+
+    counts = fused_operators(Twice(), attention_inputs(9, 9), tmp_path / "engine")
+    assert counts["MultiHeadAttention"] == 2 and counts["Unsqueeze"] == 1
+
+
+@pytest.mark.parametrize("mask", ["float[2, 1, 1, 3] mask", "float[2, 1, 3, 1] mask", "bool[3, 3] mask",
+                                  "float[3] mask"])
+def test_masks_that_the_contrib_operators_do_not_take_stay(mask: str):
+    """They broadcast no rows and no columns, and add numbers."""
+    before = ir.from_onnx_text(f"""<ir_version: 10, opset_import: ["": 23]>
+    masked (float[2, 3, 8] x, {mask}) => (float[2, 3, 8] y)
+    {{
+        y = Attention <q_num_heads = 2, kv_num_heads = 2> (x, x, x, mask)
+    }}""")
+    (node,) = fuse_for_cuda(before).graph
+    assert (node.domain, node.op_type, len(node.inputs)) == ("", "Attention", 4)
+
+
+@pytest.mark.parametrize("rows", [9, 300], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("alike", ["query", "value", "query key value"])
+def test_one_bias_for_a_whole_projection_stays_outside(alike: str, rows: int, tmp_path: Path):
+    """The contrib operators take one for each column."""
+    counts = fused_operators(Heads(alike), attention_inputs(rows=rows), tmp_path / "engine",
+                             shapes={"x": (3, rows, 16)})
+    assert counts["MultiHeadAttention"] == 1 and counts["Add"] == 3
+
+
+@pytest.mark.parametrize("rows", [9, 300], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("width", [4, 11])
+def test_values_of_another_width_are_projected_outside(width: int, rows: int, tmp_path: Path):
+    """One product for all three takes them to be as wide as queries; where thirds come out even, without a word."""
+    counts = fused_operators(Heads(width=width), attention_inputs(rows=rows), tmp_path / "engine",
+                             shapes={"x": (3, rows, 16)})
+    assert (counts["MultiHeadAttention"], counts["MatMul"], counts["Add"]) == (1, 3, 0)
+
+
+class Summed(torch.nn.Module):
+    """A product, of one column or more, and a bias, of one element or more, before a GELU or a norm."""
+
+    def __init__(self, columns: int, biases: int, then):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(16, columns))
+        self.bias, self.then = torch.nn.Parameter(torch.randn(biases)), then
+
+    def forward(self, x):
+        return self.then(x, x @ self.weight + self.bias)
+
+
+@pytest.mark.parametrize(("columns", "biases"), [(16, 1), (1, 16)])
+@pytest.mark.parametrize("then", [
+    lambda x, summed: torch.nn.functional.gelu(summed),
+    lambda x, summed: torch.nn.functional.gelu(summed, approximate="tanh"),
+    lambda x, summed: torch.nn.functional.rms_norm(x + summed, (16,)),
+], ids=["gelu", "tanh", "norm"])
+def test_a_bias_that_broadcasts_is_not_taken(then, columns: int, biases: int, tmp_path: Path):
+    counts = fused_operators(Summed(columns, biases, then), attention_inputs(), tmp_path / "engine")
+    assert counts["BiasGelu"] == counts["FastGelu"] == 0 and counts["Add"] == 1
