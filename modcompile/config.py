@@ -44,6 +44,7 @@ Ratio = Annotated[float, Field(ge=1 / MAX_DENOMINATOR, le=1.0, allow_inf_nan=Fal
 TAKES = {
     "blocks": '"every-other", "all", a list of indices, a path glob or a list of those',
     "capacity_ratio": f"a number in (0, 1], at least 1/{MAX_DENOMINATOR}, or a list with one per routed block",
+    "dropped": "a list of block paths",
 }
 
 
@@ -107,8 +108,10 @@ class MoDConfig(BaseModel):
                 near = difflib.get_close_matches(name, type(self).model_fields, 1)
                 raise UsageError(f"there is no option {name}", expected=", ".join(type(self).model_fields), found=name,
                                  where="MoDConfig", fix=f"did you mean {near[0]}?" if near else None) from None
+            alone = name == "dropped" and isinstance(options[name], str)
             raise UsageError(f"{name} does not fit", found=repr(options[name]), where=f"MoDConfig.{name}",
-                             expected=TAKES.get(name) or first["msg"].removeprefix("Input should be ")) from None
+                             expected=TAKES.get(name) or first["msg"].removeprefix("Input should be "),
+                             fix=f"for one block, {name}=[{options[name]!r}]" if alone else None) from None
         if self.router == "depth" and self.axis != "sequence":
             raise UsageError("a depth is predicted for a whole input", expected='axis="sequence"', found=self.axis,
                              where="MoDConfig.router", fix='use axis="sequence", or another router')

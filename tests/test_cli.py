@@ -474,8 +474,22 @@ def test_options_are_json_or_text():
 
 
 def test_build_takes_an_option_once(call, dense, tmp_path):
-    code, _, err = call("build", dense, "-o", tmp_path / "x", "--device", "cpu", "--option", "device=cpu")
+    code, _, err = call("build", dense, "-o", tmp_path / "x", "--runtime", "aoti", "--device", "cpu", "--option",
+                        "device=cpu")
     assert (code, "the option device is given twice" in err) == (2, True)
+
+
+@pytest.mark.parametrize(("given", "problem", "fix"), [
+    (("--device", "cuda"), "ONNX Runtime has execution providers, not a device", "--provider CUDAExecutionProvider"),
+    (("--device", "cpu"), "ONNX Runtime has execution providers, not a device", "--provider CPUExecutionProvider"),
+    (("--device", "cuda:1"), "ONNX Runtime has execution providers, not a device",
+     """--option 'providers=[["CUDAExecutionProvider", {"device_id": 1}]]'"""),
+    (("--runtime", "aoti", "--provider", "CPUExecutionProvider"), "--provider is ONNX Runtime's", "leave it out"),
+    (("--runtime", "tensorrt", "--custom-ops", "library.so"), "--custom-ops is ONNX Runtime's", "leave it out"),
+], ids=["cuda", "cpu", "second GPU", "provider", "custom ops"])
+def test_build_says_what_a_runtime_takes_instead(call, dense, tmp_path, given, problem, fix):
+    code, _, err = call("build", dense, "-o", tmp_path / "x", *given)
+    assert (code, f"error: {problem}" in err, f"fix: {fix}" in err) == (2, True, True), err
 
 
 def test_a_verb_that_takes_a_conversion_gets_what_was_given():

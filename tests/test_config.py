@@ -85,6 +85,8 @@ def test_a_ratio_that_does_not_fit(option):
     ({"padding_mask": 3}, "a valid string"),
     ({"blocks": 1}, '"every-other", "all", a list of indices, a path glob or a list of those'),
     ({"blocks": ["h.1", 2]}, '"every-other", "all", a list of indices, a path glob or a list of those'),
+    ({"dropped": 1}, "a list of block paths"),
+    ({"dropped": [1]}, "a list of block paths"),
 ])
 def test_an_option_that_does_not_fit(option, expected):
     ((name, value),) = option.items()
@@ -92,6 +94,13 @@ def test_an_option_that_does_not_fit(option, expected):
         MoDConfig(**option)
     assert caught.value.problem == f"{name} does not fit"
     assert caught.value.details == {"expected": expected, "found": repr(value), "where": f"MoDConfig.{name}"}
+
+
+def test_one_dropped_block_is_a_list_of_one():
+    with pytest.raises(UsageError, match="dropped does not fit") as caught:
+        MoDConfig(dropped="layers.1")
+    assert caught.value.details == {"expected": "a list of block paths", "found": "'layers.1'",
+                                    "where": "MoDConfig.dropped", "fix": "for one block, dropped=['layers.1']"}
 
 
 def test_an_option_that_does_not_exist():

@@ -44,7 +44,8 @@ def build(
     custom_ops: Annotated[Path | None, typer.Option(
         metavar="FILE", help="The custom-op library for ONNX Runtime, which goes into the engine folder.")] = None,
     device: Annotated[str | None, typer.Option(
-        help="What AOTInductor compiles for: cpu (the default), cuda, or one of several GPUs, as cuda:1.")] = None,
+        help="What AOTInductor compiles for: cpu (the default), cuda, or one of several GPUs, as cuda:1. ONNX Runtime "
+        "takes --provider instead.")] = None,
     option: opt.Options = None,
     overwrite: opt.Overwrite = False,
     as_json: opt.AsJson = False,
@@ -54,6 +55,7 @@ def build(
     from modcompile.load_source import load_source
 
     shapes, options = opt.read_profiles(shape), opt.read_options(option)
+    _check_runtime(runtime, provider, custom_ops, device)
     given = {"providers": provider, "custom_ops": custom_ops, "device": device}
     for name, value in given.items():
         if value and name in options:
@@ -233,6 +235,24 @@ def bench(
     emit(as_json, report.to_dict(), report)
     if report.failed:
         raise typer.Exit(7)
+
+
+def _check_runtime(runtime: str, provider: list[str] | None, custom_ops: Path | None, device: str | None) -> None:
+    """Refuses an option of one runtime for another, before anything is loaded.
+
+    Raises:
+        UsageError: There is one, with what to write instead.
+    """
+    if runtime == "ort" and device:
+        kind, _, index = device.partition(":")
+        name = "CUDAExecutionProvider" if kind == "cuda" else "CPUExecutionProvider"
+        one = f"""--option 'providers=[["{name}", {{"device_id": {index}}}]]'""" if index else f"--provider {name}"
+        raise UsageError("ONNX Runtime has execution providers, not a device", expected="--provider", where="--device",
+                         found=device, fix=one)
+    for option, value in (("--provider", provider), ("--custom-ops", custom_ops)):
+        if runtime != "ort" and value:
+            raise UsageError(f"{option} is ONNX Runtime's", expected="--runtime ort", found=f"--runtime {runtime}",
+                             where=option, fix="leave it out")
 
 
 def _read_arrays(texts: list[str] | None) -> dict[str, "np.ndarray"]:
