@@ -184,7 +184,7 @@ def test_a_block_that_adds_in_place_can_be_routed():
     model = Stack(*(InPlaceBlock() for _ in range(3)))
     dense = Stack(*(Mlp() for _ in range(3)))
     graph = capture(model, (torch.randn(2, 5, 8),))
-    assert graph.passes[1] == {"name": "functionalize", "options": {}, "modified": True}
+    assert {"name": "functionalize", "options": {}, "modified": True} in graph.passes
     assert [block.reason for block in find_blocks(graph)] == [None] * 3
     x = torch.randn(3, 63, 8)
     with torch.no_grad():
@@ -221,4 +221,4 @@ def test_batch_norm_keeps_counting():
     """Its statistics are state: a captured model in evaluation mode reads and never writes them."""
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).eval()
     graph = capture(model, (torch.randn(3, 8),))
-    assert not graph.passes[0]["modified"]
+    assert {"name": "functionalize", "options": {}, "modified": False} in graph.passes
