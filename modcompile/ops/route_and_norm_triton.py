@@ -16,16 +16,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from modcompile.errors import UsageError
-from modcompile.ops.route_triton import (
-    LONGEST_HELD,
-    _close_in,
-    _keys,
-    _reach,
-    _slots,
-    _threshold,
-    _trials,
-    in_memory,
-)
+from modcompile.ops.route_triton import LONGEST_HELD, _close_in, _keys, _reach, _slots, _threshold, _trials
 
 # B batch  S rows  K capacity  D width
 
@@ -133,6 +124,13 @@ def route_and_norm_kernel(
     tl.store(normed + ((batch_row * capacity + tile) * WIDTH)[:, None] + columns[None, :], values, mask=within)
 
 
+def _in_memory(tensor: Tensor) -> Tensor:
+    # As a view: what Inductor has not written yet it would else write for each argument of the kernel anew, and compute
+    # again for whatever else reads it, which for all rows is as much as the kernel itself takes.
+    tensor = tensor.contiguous()
+    return tensor.as_strided(tensor.shape, tensor.stride())
+
+
 def launch(logits: Tensor, valid: Tensor | None, capacity: int, x: Tensor, weight: Tensor | None, bias: Tensor | None,
            eps: float, *, is_centered: bool, traced: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Allocates the outputs of ``route_and_norm`` and launches the kernel.
@@ -161,7 +159,7 @@ def launch(logits: Tensor, valid: Tensor | None, capacity: int, x: Tensor, weigh
     positions = logits.new_empty((batch, capacity), dtype=torch.int64)
     filled = logits.new_empty((batch, capacity), dtype=torch.bool)
     normed = x.new_empty((batch, capacity, width))
-    logits, x = (in_memory(tensor) if traced else tensor.contiguous() for tensor in (logits, x))
+    logits, x = (_in_memory(tensor) if traced else tensor.contiguous() for tensor in (logits, x))
     columns = triton.next_power_of_2(width)
     tile = triton.next_power_of_2(triton.cdiv(batch * capacity, _PROGRAMS))
     tile = max(1, min(tile, _MOST_SLOTS, _MOST_VALUES // columns))

@@ -14,7 +14,7 @@ logits, where halving needs seventeen.
 Imported by ``modcompile.ops.route``, where Triton is installed, when a tensor on CUDA comes along.
 """
 
-__all__ = ["in_memory", "launch", "route_kernel"]
+__all__ = ["launch", "route_kernel"]
 
 import torch
 import triton
@@ -226,16 +226,6 @@ def route_kernel(
             ties_seen += total & 0xFFFF
 
 
-def in_memory(tensor: Tensor) -> Tensor:
-    """The tensor for a kernel, contiguous.
-
-    As a view: what Inductor has not written yet it would else write for each argument of the kernel anew, and compute
-    again for whatever else reads it. For a view it writes the tensor once.
-    """
-    tensor = tensor.contiguous()
-    return tensor.as_strided(tensor.shape, tensor.stride())
-
-
 def launch(
     logits: Tensor, valid: Tensor | None, capacity: int | torch.SymInt, *, traced: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -255,7 +245,7 @@ def launch(
     filled = logits.new_empty((batch, capacity), dtype=torch.bool)
     # A size that is symbolic can be anything.
     block = min(max(triton.next_power_of_2(rows), 128), LONGEST_HELD) if isinstance(rows, int) else LONGEST_HELD
-    logits = in_memory(logits) if traced else logits.contiguous()
+    logits = logits.contiguous()
     kernel = wrap_triton(route_kernel) if traced else route_kernel
     kernel[(batch,)](
         logits,

@@ -86,8 +86,6 @@ def test_compilers_see_the_kernel_and_that_it_writes_its_outputs_alone(target, m
     assert torch.ops.modcompile.route.default not in [node.target for node in nodes]
     (kernel,) = [node for node in nodes if node.target == torch.ops.higher_order.triton_kernel_wrapper_functional]
     assert sorted(kernel.kwargs["tensors_to_clone"]) == ["filled", "positions"]
-    # What others read too is written once, for all of them.
-    assert kernel.kwargs["kwargs"]["logits"].target == torch.ops.aten.as_strided.default
     positions, filled = graph_module.graph.output_node().args[0]
     assert (positions.meta["val"].dtype, filled.meta["val"].dtype) == (torch.int64, torch.bool)
 
