@@ -60,8 +60,9 @@ and three times the steps were tried for it at the lowest rate, and helped littl
 better to take fewer rows from more blocks: with `--structure {milder}` newsgroups is level, where the searched model is
 behind, and the other texts are as good. Losses when trained:
 """
-SLOWER = """At `--lr 0.0003 --refit` all end higher on the texts of the training text's kind. There *calibrated* is ahead of
-*pruned* on newsgroups at the largest budget too, and level on python at the lowest one, with `--structure {given}`:
+SLOWER = """At `--lr 0.0003 --refit` all end higher on the texts of the training text's kind. There *calibrated* is
+ahead of *pruned* on newsgroups at the largest budget too. At the lowest one, with `--structure {given}`, it is a little
+behind on python, and ahead on the others:
 """
 ADAPTED = """### When the dense model was trained on the text before
 
