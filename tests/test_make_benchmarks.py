@@ -90,14 +90,19 @@ def test_what_was_tried_is_named_by_its_options():
     usual = tables.OPTIONS | {"held_out_tokens": {"news": 64}}
     cells = {f"{kind} 0.8, seed 0": {"flops": 0.8, "trained": {"news": 4.5}}
              for kind in ("dense", "pruned", "calibrated", "stochastic")}
-    other, given, adapted = (
-        {"setting": usual | changed, "cells": cells}
-        for changed in ({"lr": 0.0003, "refit": [], "ratios": [0.375, 0.5]},
-                        {"structure": [[9, 0.75], [12, 0.0]]}, {"adapt": 300}))
-    text = tables.tried([adapted, other, given])
+    slower, structure = {"lr": 0.0003, "refit": []}, {"structure": [[9, 0.75], [12, 0.0]]}
+    reports = [{"setting": usual | changed, "cells": cells} for changed in (
+        {"adapt": 300}, slower | {"ratios": [0.375, 0.5]}, structure, slower)]
+    # Of a structure that is given for a budget, the pruned model is the other report's.
+    reports.append({"setting": usual | slower | structure, "cells": {
+        "calibrated 0.8, seed 0": {"flops": 0.8, "trained": {"news": 4.25}}}})
+    text = tables.tried(reports)
     # Of an adapted dense model what it comes to is told as well; controls are left out.
     assert re.findall(r"^\| `(.*)` \| (\w+) \|", text, re.MULTILINE) == [
         *(("--lr 0.0003 --refit --ratios 0.375 0.5", kind) for kind in ("pruned", "calibrated")),
+        ("--lr 0.0003 --refit --structure A", "calibrated"),
+        *(("--lr 0.0003 --refit", kind) for kind in ("pruned", "calibrated")),
         *(("--structure A", kind) for kind in ("pruned", "calibrated")),
         *(("--adapt 300", kind) for kind in ("dense", "pruned", "calibrated"))]
     assert "`A` is `9:3/4 12:0`." in text
+    assert re.findall(r"^\| 0.800 \| ([-.0-9]+) \|$", text, re.MULTILINE) == ["0.250", "0.000"]

@@ -384,7 +384,7 @@ def test_options_that_do_not_go_together(folder, tmp_path, capfd, options, messa
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize("rows", [2, 3, 4, 5])
+@pytest.mark.parametrize("rows", [2, 5])
 def test_in_short_sequences_two_ratios_are_the_same_rows(rows):
     result = calibrate(Stack(*(Block() for _ in range(4))), [(randn(3, rows, WIDTH),)], budget=0.7)
     assert result.report["flops"] <= 0.7
