@@ -30,6 +30,11 @@ aten = torch.ops.aten
 # Ops that broadcast, of which torch tags some overloads alone, or none.
 UNTAGGED = (aten.where, aten.masked_fill, aten.__and__, aten.__or__, aten.__xor__, aten.rsub, aten.floor_divide,
             aten.subtract, aten.multiply, aten.divide, aten.true_divide)
+# Ops that are not pointwise, but change each row of a hidden state by itself.
+ROW_WISE = (aten.dropout, aten.native_dropout, aten.layer_norm, aten.native_layer_norm, aten.rms_norm, aten.batch_norm,
+            aten.to, aten._to_copy, aten.contiguous, aten.clone)
+# What norms that are written out have beside these.
+OF_NORMS = (aten.mean, aten.sum, aten.var, aten.std, aten.norm, aten.linalg_vector_norm, aten.expand, aten.expand_as)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +196,7 @@ def select_blocks(report: BlockReport, config: MoDConfig) -> list[str]:
                          expected="at least two numbered sub-modules that map a hidden state [B, S, D] to one of the "
                          "same shape",
                          fix="modcompile inspect shows what was found" if report.blocks else
-                         "put the layers into an nn.ModuleList")
+                         "put the layers into an nn.ModuleList, and call each as layer(x), not layer.forward(x)")
     if config.blocks in ("every-other", "all"):
         chosen = {b.path for blocks in report.groups.values()
                   for i, b in enumerate(b for b in blocks if b.routable) if config.blocks == "all" or i % 2 == 1}
@@ -291,7 +296,7 @@ def analyse_block(graph: torch.fx.Graph, path: str, siblings: list[str]) -> Bloc
     result = results[0]
     if shape_exprs(result) != shape_exprs(hidden) or result.meta["val"].dtype != hidden.meta["val"].dtype:
         return Skip(f"the output {_describe(result)} is not shaped like the input {_describe(hidden)}", path)
-    if any(user.target is torch.ops.aten.add.Tensor and hidden in user.args for user in result.users):
+    if _rejoins(hidden, result, siblings):
         return Skip("its residual is outside of it: rows that pass by would be added to themselves; wrap x + f(x) in "
                     "one module", path)
     exprs = shape_exprs(hidden) or ()
@@ -318,6 +323,43 @@ def _rivals(hidden: torch.fx.Node, candidates: list[torch.fx.Node], siblings: li
                                         and (is_given(node) or not is_everyones(node))]
 
 
+def _rejoins(hidden: torch.fx.Node, result: torch.fx.Node, siblings: list[str]) -> bool:
+    """Whether a block's output, scaled or normed, meets what its input was made of in turn: x + f(norm(x))."""
+    entered, before = [hidden], hidden
+    while (found := _element_wise(before, hidden)) is not None and len(found) == 1:
+        before = found[0]
+        entered.append(before)
+    pending = [result]
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if any(sibling in module_paths(user) for sibling in siblings):
+                continue
+            others = [arg for arg in _element_wise(user, hidden) or [] if arg is not node]
+            if any(_unscaled(other) in entered for other in others):
+                return True
+            if not others and _element_wise(user, hidden):
+                pending.append(user)
+    return False
+
+
+def _element_wise(node: torch.fx.Node, like: torch.fx.Node) -> list[torch.fx.Node] | None:
+    """The operands shaped as a hidden state of what scales, norms or combines such; None for any other node."""
+    packet = getattr(node.target, "overloadpacket", None)
+    if not (is_pointwise(node.target) or packet in ROW_WISE) or shape_exprs(node) != shape_exprs(like):
+        return None
+    # What is expanded was smaller: a norm's length, say.
+    return [arg for arg in node.all_input_nodes if shape_exprs(arg) == shape_exprs(like)
+            and getattr(arg.target, "overloadpacket", None) not in (aten.expand, aten.expand_as)]
+
+
+def _unscaled(node: torch.fx.Node) -> torch.fx.Node:
+    """What a value is a multiple of: x for 1.5 x."""
+    while node.target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(node.args[1], int | float):
+        node = node.args[0]
+    return node
+
+
 def _reached(members: list[torch.fx.Node], hidden: torch.fx.Node) -> tuple[torch.fx.Node, ...]:
     reached = {hidden}
     for node in members:
@@ -339,6 +381,9 @@ def _unfit(path: str, body, batch: sympy.Expr, rows: sympy.Expr, width: sympy.Ex
             return Skip(f"{node.name} = {node.target} writes in place", path)
     if not any(arg.op == "get_attr" for node in body for arg in node.all_input_nodes):
         return Skip("it has no parameters: there is too little in it to save", path)
+    if all(is_pointwise(node.target) or getattr(node.target, "overloadpacket", None) in (*ROW_WISE, *OF_NORMS)
+           for node in body):
+        return Skip("it only norms, scales or adds, without any product: there is too little in it to save", path)
     if rows.is_number:
         sizes = {width} | {e for n in body for arg in n.all_input_nodes if arg.op == "get_attr"
                            for e in shape_exprs(arg) or ()}

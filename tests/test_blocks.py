@@ -220,6 +220,49 @@ def test_a_residual_outside_of_the_blocks():
     assert len(found) == 2 and all("residual is outside" in str(reason) for reason in found.values()), found
 
 
+@pytest.mark.parametrize("step", [
+    lambda model, x, layer, norm: x + layer(norm(x)),
+    lambda model, x, layer, norm: x + norm(layer(x)),
+    lambda model, x, layer, norm: norm(layer(x) + x),
+    lambda model, x, layer, norm: norm(1.5 * x + layer(x)),
+    lambda model, x, layer, norm: x + model.drop(model.scale * layer(x)),
+    lambda model, x, layer, norm: x + layer(x * (x * x).mean(-1, keepdim=True).rsqrt() * model.scale),
+], ids=["norm-before", "norm-after", "post-norm", "scaled", "dropout", "written-out"])
+def test_a_residual_outside_of_the_blocks_beside_other_steps(step):
+    """Rows that pass by would become x + norm(x), 2.5 x or the like, without a word."""
+    class Outside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)) for _ in range(2))
+            self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))
+            self.scale, self.drop = nn.Parameter(torch.ones(8)), nn.Dropout(0.1)
+
+        def forward(self, x):
+            for layer, norm in zip(self.layers, self.norms, strict=True):
+                x = step(self, x, layer, norm)
+            return x
+
+    found = reasons(Outside())
+    assert all("residual is outside" in str(found[f"layers.{i}"]) for i in range(2)), found
+    assert all("only norms" in str(found.get(f"norms.{i}", "only norms")) for i in range(2)), found
+
+
+def test_what_comes_back_from_the_start_is_no_residual():
+    """As in modded-nanogpt: each block takes a mixture of what the one before gave and of the first hidden state."""
+    class Mixed(Stack):
+        def __init__(self):
+            super().__init__(Mlp(), Mlp(), Mlp())
+            self.mix = nn.Parameter(torch.rand(3, 2))
+
+        def forward(self, x):
+            start = x
+            for layer, mix in zip(self.layers, self.mix, strict=True):
+                x = layer(mix[0] * x + mix[1] * start)
+            return x + start
+
+    assert not any(reasons(Mixed()).values())
+
+
 def test_long_skips_and_conditions_of_one_block():
     """What only one block takes is not its hidden state if another value comes from a block, or skips over some."""
     class Conditioned(Mlp):
