@@ -2,18 +2,20 @@
 
 Written out, attention is two products with a softmax between them. Whatever stands between the first product and the
 softmax (scales, masks, biases, a soft cap) works on scores, whose last dim runs along the keys and whose last but one
-runs along the queries; what stands between the softmax and the second product does too.
+runs along the queries; what stands between the softmax and the second product does too. One number of each query, such
+as its largest score, has a last dim of 1.
 """
 
 import dataclasses
-import operator
 from collections.abc import Iterable
 
+import sympy
 import torch
 import torch.fx
+from torch.utils import _pytree as pytree
 
 from modcompile.pass_manager import Skip
-from modcompile.shapes import shape_exprs, size_value
+from modcompile.shapes import dim_expr, shape_exprs, size_value
 
 __all__ = ["SDPA", "SOFTMAXES", "VIEWS", "SelfAttention", "ancestors", "attention_arguments", "self_attention"]
 
@@ -106,9 +108,8 @@ def _written_out(softmax: torch.fx.Node, hidden: torch.fx.Node) -> SelfAttention
     rank = softmax.meta["val"].dim()
     if softmax.args[1] not in (-1, rank - 1):
         return Skip(f"{softmax.name} is not over the last dim", softmax.name)
-    last = softmax
-    while len(last.users) == 1 and last.target not in PRODUCTS:
-        last = next(iter(last.users))
+    ends = _nearest_ends(softmax)
+    last = ends[0] if len(ends) == 1 else softmax
     if last.target not in PRODUCTS or softmax not in ancestors([last.args[0]]):
         return Skip(f"{softmax.name} is not followed by one product with values", softmax.name)
     weights, value = last.args
@@ -123,12 +124,34 @@ def _written_out(softmax: torch.fx.Node, hidden: torch.fx.Node) -> SelfAttention
     # In the graph's order, so that the same reason is given every time.
     scores = [node for node in softmax.graph.nodes if node in above and node is not first
               and size_value(node) is None and first in ancestors([node])]
-    exprs = shape_exprs(hidden) or ()
+    rows = (shape_exprs(hidden) or ())[1]
     for node in (first, *scores):
-        if node.target is operator.getitem or (shape_exprs(node) or ())[-2:] != (exprs[1], exprs[1]):
+        if not _is_of_queries(node, rows) or (node in (first, softmax) and (shape_exprs(node) or ())[-1] != rows):
             return Skip(f"{node.name} stands between the product and the softmax {softmax.name}, but does not give "
                         "scores of queries and keys", node.name)
     return SelfAttention(query, key, value, first, last, frozenset(scores))
+
+
+def _is_of_queries(node: torch.fx.Node, rows: sympy.Expr) -> bool:
+    """Whether a value, or each of several, has a score for each pair of rows, or one number for each query."""
+    value = node.meta.get("val")
+    shapes = [[dim_expr(size) for size in part.shape[-2:]] for part in pytree.tree_leaves(value)]
+    return bool(shapes) and all(shape in ([rows, rows], [rows, 1]) for shape in shapes)
+
+
+def _nearest_ends(softmax: torch.fx.Node) -> list[torch.fx.Node]:
+    """The products that weights go into, and the graph's output where they go there without one."""
+    ends, seen, pending = [], set(), [softmax]
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.target in PRODUCTS or node.op == "output":
+            ends.append(node)
+        else:
+            pending.extend(node.users)
+    return ends
 
 
 def _nearest_products(weights: torch.fx.Node, hidden: torch.fx.Node) -> list[torch.fx.Node]:

@@ -42,6 +42,8 @@ ALONG = {aten.argmax: (1, None), aten.argmin: (1, None), aten.argsort: (1, -1), 
          aten.slice: (1, 0), aten.softmax: (1, None), aten._softmax: (1, None), aten.sort: (1, -1),
          aten.repeat_interleave: (2, None), aten.split: (2, 0), aten.split_with_sizes: (2, 0), aten.topk: (2, -1),
          aten.unbind: (1, 0)}
+# What makes one number of those along some dims, its second argument, or along all.
+SUMMARIES = (aten.amax, aten.amin, aten.logsumexp, aten.mean, aten.sum)
 # ... and of what they normalize.
 NORMS = (aten.layer_norm, aten.native_layer_norm, aten.rms_norm)
 
@@ -97,8 +99,11 @@ class RowsApart:
         if packet is aten.batch_norm:
             return not node.args[5]
         if packet in ALONG:
-            dim, rank = _dim(node), len(shape_exprs(node) or ())
+            dim, rank = _dim(node), len(shape_exprs(node.args[0]) or ())
             return isinstance(dim, int) and dim % rank != rank - 2
+        if packet in SUMMARIES:
+            dims, rank = _dims(node), len(shape_exprs(node.args[0]) or ())
+            return bool(dims) and all(dim % rank != rank - 2 for dim in dims)
         return False
 
     def _keeps_rows(self, node: torch.fx.Node) -> bool:
@@ -145,6 +150,12 @@ class RowsApart:
         """Where the rows are among a value's dims, counted from the last, which is 1; None if nowhere."""
         exprs = reversed(shape_exprs(node) or ())
         return next((i for i, expr in enumerate(exprs, 1) if self.rows in expr.free_symbols), None)
+
+
+def _dims(node: torch.fx.Node) -> list[int]:
+    """What an operation of ``SUMMARIES`` looks along; nothing, where that is all dims."""
+    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    return [dims] if isinstance(dims, int) else list(dims) if isinstance(dims, list | tuple) else []
 
 
 def _dim(node: torch.fx.Node) -> object:

@@ -15,7 +15,8 @@ models want it.
 2. A value of all rows that a chosen row needs is gathered; a view of one, or one whose batch and rows are merged into
    one dim, is computed again from what it was made of, which is gathered.
 3. Scores have queries along the last dim but one, and keys along the last: what is combined with them (masks, biases)
-   is gathered along the first of these alone; a causal flag becomes position >= key position.
+   is gathered along the first of these alone; a causal flag becomes position >= key position. One number of each query,
+   such as its largest score, is made of the chosen rows' scores.
 4. A size R becomes K where chosen rows are reshaped; the last size of scores stays.
 5. Outside its attention a block may do only what is known to keep rows apart: shifted, selected or multiplied with each
    other, the chosen ones would give something else than all of them. What is done with scores keeps queries apart.

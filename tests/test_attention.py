@@ -224,8 +224,18 @@ def scores_of_features(call, hidden):
 
 
 def scores_in_parts(call, hidden):
+    return written(call, hidden, lambda call, scored: call(aten.sub.Tensor, scored, call(
+        aten.sum.dim_IntList, call(operator.getitem, call(aten.topk.default, scored, 2), 0), [-1], True)))
+
+
+def one_number_of_each_key(call, hidden):
     return written(call, hidden, lambda call, scored: call(
-        operator.getitem, call(aten.split.Tensor, scored, 1, 1), 0))
+        aten.sub.Tensor, scored, call(aten.amax.default, scored, [-2], True)))
+
+
+def one_number_of_all(call, hidden):
+    return written(call, hidden, lambda call, scored: call(
+        aten.sub.Tensor, scored, call(aten.amax.default, scored, [-2, -1], True)))
 
 
 def rows_and_heads_in_one_dim(call, hidden):
@@ -251,8 +261,12 @@ def rows_and_heads_in_one_dim(call, hidden):
      "keys", "softmax_int"),
     (scores_of_features, "matmul_default stands between the product and the softmax softmax_int, but does not give "
      "scores of queries and keys", "matmul_default"),
-    (scores_in_parts, "split_tensor stands between the product and the softmax softmax_int, but does not give scores "
-     "of queries and keys", "split_tensor"),
+    (scores_in_parts, "topk_default stands between the product and the softmax softmax_int, but does not give scores "
+     "of queries and keys", "topk_default"),
+    (one_number_of_each_key, "amax_default stands between the product and the softmax softmax_int, but does not give "
+     "scores of queries and keys", "amax_default"),
+    (one_number_of_all, "amax_default stands between the product and the softmax softmax_int, but does not give scores "
+     "of queries and keys", "amax_default"),
     (rows_and_heads_in_one_dim, "bmm_default stands between the product and the softmax softmax_int, but does not give "
      "scores of queries and keys", "bmm_default"),
 ])

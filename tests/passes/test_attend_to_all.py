@@ -85,7 +85,9 @@ def scored(**steps):
     {"weights": lambda _, a: a.roll(1, -2)},
     {"weights": lambda _, a: a.flip(-2)},
     {"scores": lambda _, a: a.log_softmax(-2)},
-], ids=["triu-mask", "triu-bias", "tril", "conv", "conv-weights", "instance-norm", "cumsum", "roll", "flip", "softmax"])
+    {"scores": lambda _, a: a * a.max(-1, keepdim=True)[0].log_softmax(-2)},
+], ids=["triu-mask", "triu-bias", "tril", "conv", "conv-weights", "instance-norm", "cumsum", "roll", "flip", "softmax",
+        "softmax-of-largest"])
 def test_scores_of_several_queries_together_are_refused(steps):
     """On the chosen rows' scores alone they would give something else, without a word."""
     with pytest.raises(UnsupportedGraphError, match=r"(?s)cannot attend to all rows.*are computed by themselves"):
@@ -97,7 +99,14 @@ def test_scores_of_several_queries_together_are_refused(steps):
     {"weights": lambda block, a: block.norm(a)},
     {"scores": lambda _, a: a.log_softmax(-1).cumsum(-1)},
     {"scores": lambda _, a: torch.where(a > 0, a, torch.zeros_like(a))},
-], ids=["conv-1x1", "batch-norm", "along-keys", "zeros-like"])
+    {"scores": lambda _, a: a - a.amax(dim=-1, keepdim=True).detach()},
+    {"scores": lambda _, a: a - a.max(-1, keepdim=True)[0]},
+    {"scores": lambda _, a: (a / 32 - (a / 32).amax(-1, keepdim=True)) * 32},
+    {"weights": lambda _, a: a / (1e-6 + a.sum(dim=-1, keepdim=True))},
+    {"scores": lambda _, a: a - a.mean((1, -1), keepdim=True)},
+    {"weights": lambda _, a: a.chunk(2, 1)[0] - 0.3 * a.chunk(2, 1)[1]},
+], ids=["conv-1x1", "batch-norm", "along-keys", "zeros-like", "largest", "largest-of-max", "largest-scaled", "sum",
+        "mean", "differential"])
 @torch.no_grad()
 def test_scores_of_each_query_apart_are_taken(steps):
     model, x = scored(**steps), randn(3, 63, 8, seed=1)
