@@ -13,6 +13,7 @@ import re
 import sympy
 import torch
 import torch.fx
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from modcompile.attention import SDPA, SOFTMAXES
 from modcompile.capture import capture
@@ -443,6 +444,9 @@ def side_rank(arg: torch.fx.Node, user: torch.fx.Node) -> int:
 def _side(arg: torch.fx.Node, user: torch.fx.Node, batch: sympy.Expr, rows: sympy.Expr) -> Side | Skip:
     exprs = shape_exprs(arg) or ()
     for expr in exprs:
+        if any(symbol_is_type(symbol, SymT.UNBACKED_INT) for symbol in expr.free_symbols):
+            return Skip(f"the side input {_describe(arg)} has a dim of {expr}, which is computed from a tensor's "
+                        "values; compute sizes from sizes (x.shape), in integers")
         if expr != rows and ROWS in _in_rows(expr, batch, rows).free_symbols:
             return Skip(f"the side input {_describe(arg)} has a dim of {expr}, which cannot be gathered")
     if not any(batch in expr.free_symbols | {expr} or expr == rows for expr in exprs):

@@ -17,7 +17,7 @@ import torch.fx
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
-from torch.utils._sympy.functions import ToFloat
+from torch.utils._sympy.functions import Max, Min, ToFloat
 
 from modcompile.errors import UnsupportedGraphError, UsageError
 from modcompile.interface import Interface, graph_name, pack_tree
@@ -341,8 +341,12 @@ def _fixed_names(graph: torch.fx.Graph, names: dict, hints: dict[str, int]) -> s
     (height // 4) * (width // 4) = 16, for an image whose patches have 16 positions.
     """
     known = {symbol: hints[name] for symbol, name in names.items()}
-    fixed = set()
+    merged, fixed = _merged(names), set()
     for equality in _equalities(graph):
+        # Sizes of one name will be one size: 4 * B // B' = 4 fixes nothing.
+        equality = equality.xreplace(merged)
+        if not equality.is_Equality:
+            continue
         left, right = equality.args
         # B * S = B * 16 fixes S. What makes two sizes depend on each other fixes neither.
         above, below = sympy.fraction(left / (right or 1))
@@ -369,27 +373,53 @@ def _check_float_sizes(graph: torch.fx.Graph, names: dict) -> None:
                                         fix="write x // 2 for int(x * 0.5), or capture with dynamic=False")
 
 
-def _merge_symbols(graph: torch.fx.Graph, names: dict) -> None:
-    """Symbols of one name become one symbol in every recorded shape."""
+def _merged(names: dict) -> dict:
+    """For each symbol that is not the first of its name, the one that is."""
     first: dict = {}
     merged = {symbol: first.setdefault(name, symbol) for symbol, name in names.items()}
-    merged = {symbol: kept for symbol, kept in merged.items() if symbol != kept}
+    return {symbol: kept for symbol, kept in merged.items() if symbol != kept}
+
+
+def _merge_symbols(graph: torch.fx.Graph, names: dict) -> None:
+    """Symbols of one name become one symbol in every recorded shape, and so does what always equals a symbol.
+
+    A table of 128 positions of which the last S are taken has 128 - max(0, 128 - S), which torch.export guards to be S.
+    """
+    merged = _merged(names)
+    equal = {}
+    for equality in _equalities(graph):
+        for symbol, expr in (equality.args, equality.args[::-1]):
+            if symbol in names and symbol in expr.free_symbols <= names.keys():
+                equal[expr.xreplace(merged)] = merged.get(symbol, symbol)
+    known: dict = {}
+
+    def simple(value, expr):
+        if expr not in known:
+            known[expr] = equal.get(made := expr.xreplace(merged), made)
+            # 1 - max(0, 1 - S) is 1.
+            if known[expr].has(Max, Min) and (bounds := value.node.shape_env.bound_sympy(made)).is_singleton():
+                known[expr] = sympy.Integer(int(bounds.lower))
+        return known[expr]
+
+    def is_simple(value):
+        expr = dim_expr(value)
+        return expr.is_number or simple(value, expr) == expr
 
     def size(value):
-        expr = dim_expr(value)
-        if not expr.free_symbols & set(merged):
+        if is_simple(value):
             return value
-        return value.node.shape_env.create_symintnode(expr.xreplace(merged), hint=value.node.hint)
+        expr = simple(value, dim_expr(value))
+        return int(expr) if expr.is_number else value.node.shape_env.create_symintnode(expr, hint=value.node.hint)
 
     def renamed(value):
-        if isinstance(value, torch.SymInt):
+        if isinstance(value, torch.SymInt) and not simple(value, dim_expr(value)).is_number:
             return size(value)
-        if isinstance(value, FakeTensor) and any(dim_expr(d).free_symbols & set(merged) for d in value.shape):
+        if isinstance(value, FakeTensor) and not all(map(is_simple, value.shape)):
             with value.fake_mode:
                 return torch.empty([size(d) for d in value.shape], dtype=value.dtype, device=value.device)
         return value
 
-    for node in graph.nodes if merged else ():
+    for node in graph.nodes:
         if "val" in node.meta:
             node.meta["val"] = pytree.tree_map(renamed, node.meta["val"])
 

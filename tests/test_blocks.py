@@ -263,6 +263,23 @@ def test_what_comes_back_from_the_start_is_no_residual():
     assert not any(reasons(Mixed()).values())
 
 
+def test_a_size_that_is_computed_from_values():
+    class Spanned(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.empty(64, 8))
+
+        def forward(self, x):
+            span = torch.tensor(x.shape[1]).clamp(max=16).item()
+            torch._check(span >= 2)
+            torch._check(span <= 16)
+            return super().forward(x + self.table[:span].mean(0) + torch.einsum("bsd,td->bst", x, self.table[:span]
+                                                                                ).amax(-1, keepdim=True))
+
+    found = reasons(Stack(Spanned(), Spanned()))
+    assert all("computed from a tensor's values" in str(reason) for reason in found.values()), found
+
+
 def test_long_skips_and_conditions_of_one_block():
     """What only one block takes is not its hidden state if another value comes from a block, or skips over some."""
     class Conditioned(Mlp):

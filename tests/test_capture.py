@@ -439,6 +439,45 @@ def test_two_lengths_of_equal_size_are_one():
 # Models
 
 
+def test_sizes_of_one_name_fix_nothing_between_them():
+    """Heads folded into a mask's batch, unfolded by the hidden state's: 4 B' // B is 4, for the two are one size."""
+    class Folded(nn.Module):
+        def forward(self, hidden, mask):
+            folded = mask[:, None].expand(-1, 4, -1).reshape(-1, mask.shape[1])  # [4 B', S]
+            return folded.view(hidden.shape[0], -1, mask.shape[1]) * torch.ones(4, 1)
+
+    graph = capture(Folded(), (torch.randn(2, 5, 8), torch.randn(2, 5)))
+    hidden, mask = torch.randn(3, 63, 8), torch.randn(3, 63)
+    assert [spec.shape[0] for spec in graph.inputs] == ["batch"] * 2
+    assert torch.equal(graph(hidden, mask), Folded()(hidden, mask))
+
+
+class LastOfTable(Mlp):
+    """Takes the last rows of a table, as many as there are, or all."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(128, 8))
+
+    def forward(self, hidden):
+        rows = hidden.shape[1]
+        alike = torch.ones(1, rows, 8)[:, max(0, 1 - rows):]
+        return super().forward(hidden + self.table[max(0, 128 - rows):] * alike)
+
+
+@torch.no_grad()
+def test_a_size_that_always_equals_another_is_that_one():
+    """128 - max(0, 128 - S) of a table's 128 rows, which are added to S."""
+    model, x = Stack(LastOfTable(), LastOfTable()), torch.randn(3, 63, 8)
+    mod = convert(model, (torch.randn(2, 5, 8),), MoDConfig(blocks="all", capacity_ratio=1.0))
+    assert torch.equal(mod(x), model(x))
+    half = convert(model, (torch.randn(2, 5, 8),), MoDConfig(blocks=(1,), capacity_ratio=0.5))
+    # Routers that know nothing take the first rows.
+    between = model.layers[0](x)
+    expected = torch.cat([model.layers[1](between)[:, :32], between[:, 32:]], 1)
+    assert (half(x) - expected).abs().max() <= 1e-6
+
+
 def test_data_dependent_control_flow():
     class Branch(nn.Module):
         def forward(self, x):

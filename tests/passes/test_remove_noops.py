@@ -5,10 +5,12 @@ import operator
 import pytest
 import torch
 from modcompile.passes.remove_noops import RemoveNoops
-from tiny import assert_same, check_rewrite, graph_of, nodes_of, randn, rewritten, run_graph
+from tiny import Mlp, Stack, assert_same, check_rewrite, graph_of, nodes_of, randn, rewritten, run_graph
 from torch import nn
 
 from modcompile.capture import capture
+from modcompile.config import MoDConfig
+from modcompile.convert import convert
 
 aten = torch.ops.aten
 X = {"x": ("batch", "sequence", 8)}
@@ -44,6 +46,39 @@ def test_case_1_assertions_go():
 
     _, after = cleaned(build)
     assert nodes_of(after) == ["aten.relu.default"]
+
+
+@pytest.mark.parametrize("shaped", [
+    lambda call, x, like: call(aten.reshape_as.default, call(aten.relu.default, x), like),
+    lambda call, x, like: call(aten.view_as.default, call(aten.relu.default, x), like),
+    lambda call, x, like: call(aten.expand_as.default, call(aten.sum.dim_IntList, x, [-1], True), x),
+])
+def test_case_4_what_is_shaped_like_another_value_takes_its_sizes(shaped):
+    inputs = {"x": ("batch", "sequence", 8), "like": ("batch", "sequence", 2, 4)}
+    before, after = cleaned(shaped, inputs)
+    assert nodes_of(after)[-1] in ("aten.reshape.default", "aten.expand.default")
+    assert_same(before, after, randn(3, 63, 8), randn(3, 63, 2, 4))
+
+
+def test_case_5_values_of_no_elements_are_left_out():
+    def build(call, x):
+        one = call(aten.cat.default, [call.tensor("empty"), x], 1)
+        return call(aten.cat.default, [one, call(aten.neg.default, x), call(aten.slice.Tensor, x, 1, 0, 0)], 1)
+
+    before, after = cleaned(build, tensors={"empty": torch.zeros(0)})
+    assert nodes_of(after) == ["aten.neg.default", "aten.cat.default"]
+    assert_same(before, after, randn(3, 63, 8))
+
+
+def test_a_cache_that_is_empty_is_no_side_input():
+    """As transformers' caches begin: a tensor without a size, that keys are joined to."""
+    class Cached(Mlp):
+        def forward(self, x):
+            return super().forward(torch.cat([torch.tensor([]), x], 1))
+
+    model, x = Stack(Cached(), Cached()), randn(3, 63, 8)
+    mod = convert(model, (randn(2, 5, 8),), MoDConfig(blocks="all", capacity_ratio=1.0))
+    assert torch.equal(mod(x), model(x))
 
 
 @pytest.mark.parametrize("cast", [
