@@ -19,6 +19,7 @@ import torch
 import torch._inductor
 from modcompile.passes.activate_products import ActivateProducts
 from modcompile.passes.cast_precision import CastPrecision
+from modcompile.passes.choose_attention import ChooseAttention
 from modcompile.passes.expand_gelu import ExpandGelu
 from modcompile.passes.fold_filled import FoldFilled
 from modcompile.passes.fold_straight_through import FoldStraightThrough
@@ -143,8 +144,10 @@ def lowering_passes(precision: str, device: torch.device | None = None) -> list[
         SumColumns(),
         # What is left of a merge, where nothing is left of its gate.
         OverwriteRows(),
-        # cuBLASLt's products have an activation in them, and what chooses rows can norm them.
-        *([ActivateProducts(), RouteAndNorm()] if device and device.type == "cuda" else []),
+        # cuBLASLt's products have an activation in them, what chooses rows can norm them, and few rows may have another
+        # attention kernel.
+        *([ActivateProducts(), RouteAndNorm(), ChooseAttention(str(device))] if device and device.type == "cuda"
+          else []),
         # For what is left there is a form without a tanh.
         *([ExpandGelu()] if device else []),
     ]
