@@ -1,11 +1,13 @@
-"""Makes the norm of the chosen rows part of the kernel that chooses them, for a GPU.
+"""Makes the chosen rows and their norm part of the kernel that chooses them, for a GPU.
 
     before:  %r = modcompile.route(%logits, %valid, K);  %p: int64[B, K] = %r[0]
              %g: [B, K, D] = modcompile.gather_rows(%x: [B, S, D], %p)
              %n = aten.layer_norm(%g, [D], %weight, %bias, 1e-05)
-    after:   %r = modcompile.route_and_norm(%logits, %valid, K, %x, %weight, %bias, 1e-05, True);  %p = %r[0]
-             %g = modcompile.gather_rows(%x, %p)
-             %n = %r[2]
+             %m = aten.index_put(%x, [%b, %p], %y)
+    after:   %h = aten.mul(%x, 1.0)
+             %r = modcompile.route_and_norm(%logits, %valid, K, %h, %weight, %bias, 1e-05, True);  %p = %r[0]
+             %g = %r[2];  %n = %r[3]
+             %m = aten.index_put(%h, [%b, %p], %y)
 
 Why: a pre-norm block's chosen rows are normed first of all. Finding them keeps one program a sequence busy, and the GPU
 idle; the norm's kernel then waits for it. In one kernel every program finds the rows again, all at the same time, and
@@ -15,6 +17,9 @@ norms a few of them.
 2. Sizes must be known: they say how many programs there are.
 3. A long sequence takes a program long to look through, which many would then do: it stays.
 4. So does a row that no program can hold, and RMS norm whose epsilon the dtype gives.
+5. The kernel needs the rows in memory, and there the merge writes over them. What is written over the compiler makes in
+   a kernel of its own, before everything else that is made of the same values, which on 8 x 1024 rows costs as much as
+   the route. So it is made a second value of, one times the first. A clone it would take for the first.
 """
 
 import dataclasses
@@ -69,12 +74,22 @@ def _join(route: torch.fx.Node) -> bool:
     for node in (weight, bias):
         if isinstance(node, torch.fx.Node) and route < node:
             route.prepend(node)
+    gathers = [gather for gather in x.users if gather.target is mod.gather_rows.default
+               and gather.args[0] is x and gather.args[1] is norm.args[0].args[1]]
     with route.graph.inserting_before(route):
-        joined = call_for(route, mod.route_and_norm.default, logits, valid, capacity, x, weight, bias, eps, is_centered)
-        normed = call_for(norm, operator.getitem, joined, 2, like=norm)
+        # Case 5.
+        held = call_for(route, aten.mul.Tensor, x, 1.0, like=x)
+        for put in [user for user in x.users if user.target is aten.index_put.default and user.args[0] is x]:
+            put.args = (held, *put.args[1:])
+        joined = call_for(route, mod.route_and_norm.default, logits, valid, capacity, held, weight, bias, eps,
+                          is_centered)
+        chosen, normed = (call_for(norm, operator.getitem, joined, index, like=norm) for index in (2, 3))
     route.replace_all_uses_with(joined)
     norm.replace_all_uses_with(normed)
     route.graph.erase_node(norm)
+    for gather in gathers:
+        gather.replace_all_uses_with(chosen)
+        route.graph.erase_node(gather)
     route.graph.erase_node(route)
     return True
 

@@ -1,4 +1,4 @@
-"""``route_and_norm``: ``route``, and the norm of the chosen rows, in one kernel.
+"""``route_and_norm``: ``route``, the chosen rows and their norm, in one kernel.
 
 Not one of the ops that a routed graph is written in: the pass ``route-and-norm`` puts it into graphs for one GPU.
 """
@@ -21,15 +21,15 @@ from modcompile.ops.route import route
 _LIBRARY = torch.library.Library("modcompile", "FRAGMENT")
 _LIBRARY.define(
     "route_and_norm(Tensor logits, Tensor? valid, int capacity, Tensor x, Tensor? weight, Tensor? bias, float eps, "
-    "bool is_centered) -> (Tensor positions, Tensor filled, Tensor normed)",
+    "bool is_centered) -> (Tensor positions, Tensor filled, Tensor chosen, Tensor normed)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
 def route_and_norm(logits: Tensor, valid: Tensor | None, capacity: int, x: Tensor, weight: Tensor | None = None,
                    bias: Tensor | None = None, eps: float = 1e-5, *, is_centered: bool = True
-                   ) -> tuple[Tensor, Tensor, Tensor]:
-    """Chooses rows as ``route`` does, and norms them.
+                   ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Chooses rows as ``route`` does, gathers and norms them.
 
     Args:
         logits: Router scores, ``[B, S]`` float32.
@@ -42,7 +42,8 @@ def route_and_norm(logits: Tensor, valid: Tensor | None, capacity: int, x: Tenso
         is_centered: Whether a row's mean is subtracted first: layer norm, else RMS norm.
 
     Returns:
-        ``positions`` and ``filled``, ``[B, K]``, see ``route``, and ``normed``, ``[B, K, D]`` in x's dtype.
+        ``positions`` and ``filled``, ``[B, K]``, see ``route``, and ``chosen`` and ``normed``, ``[B, K, D]`` in x's
+        dtype: the chosen rows and their norm.
 
     Raises:
         UsageError: What ``route`` and ``gather_rows`` raise.
@@ -51,21 +52,22 @@ def route_and_norm(logits: Tensor, valid: Tensor | None, capacity: int, x: Tenso
 
 
 def _reference(logits: Tensor, valid: Tensor | None, capacity: int, x: Tensor, weight: Tensor | None,
-               bias: Tensor | None, eps: float, is_centered: bool) -> tuple[Tensor, Tensor, Tensor]:
+               bias: Tensor | None, eps: float, is_centered: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     positions, filled = route(logits, valid, capacity)
-    rows, shape = gather_rows(x, positions), x.shape[2:]
-    normed = layer_norm(rows, shape, weight, bias, eps) if is_centered else rms_norm(rows, shape, weight, eps)
-    return positions, filled, normed
+    chosen, shape = gather_rows(x, positions), x.shape[2:]
+    normed = layer_norm(chosen, shape, weight, bias, eps) if is_centered else rms_norm(chosen, shape, weight, eps)
+    return positions, filled, chosen, normed
 
 
 def _fake(logits: Tensor, valid: Tensor | None, capacity: int, x: Tensor, weight: Tensor | None, bias: Tensor | None,
-          eps: float, is_centered: bool) -> tuple[Tensor, Tensor, Tensor]:
+          eps: float, is_centered: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     positions, filled = route(logits, valid, capacity)
-    return positions, filled, x.new_empty((*positions.shape, x.shape[2]))
+    chosen = x.new_empty((*positions.shape, x.shape[2]))
+    return positions, filled, chosen, torch.empty_like(chosen)
 
 
 def _on_cuda(logits: Tensor, valid: Tensor | None, capacity: int, x: Tensor, weight: Tensor | None,
-             bias: Tensor | None, eps: float, is_centered: bool) -> tuple[Tensor, Tensor, Tensor]:
+             bias: Tensor | None, eps: float, is_centered: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from modcompile.ops import route_and_norm_triton
 
     with torch.cuda.device_of(logits):

@@ -1,4 +1,4 @@
-"""``route_and_norm`` on CUDA: a Triton kernel that finds a sequence's chosen rows and writes the norm of some of them.
+"""``route_and_norm`` on CUDA: a Triton kernel that finds a sequence's chosen rows and writes them and their norm.
 
 A program makes TILE slots of one sequence. The threshold it finds for itself, as ``route_kernel`` does: reading the
 logits of a sequence again costs a program nothing that it would not wait for anyway, while a kernel of its own costs a
@@ -35,6 +35,7 @@ def route_and_norm_kernel(
     bias,
     positions,
     filled,
+    gathered,
     normed,
     rows,
     capacity,
@@ -58,7 +59,8 @@ def route_and_norm_kernel(
         bias: ``[WIDTH]``; not looked at without HAS_BIAS.
         positions: ``[B, K]`` int64, out.
         filled: ``[B, K]`` bool, out.
-        normed: ``[B, K, WIDTH]``, out.
+        gathered: ``[B, K, WIDTH]``, out: the chosen rows.
+        normed: ``[B, K, WIDTH]``, out: their norm.
         rows: S.
         capacity: K.
         EPS: What is added to the mean square.
@@ -112,8 +114,10 @@ def route_and_norm_kernel(
     columns = tl.arange(0, COLUMNS)
     own = columns < WIDTH
     within = is_slot[:, None] & own[None, :]
-    values = tl.load(x + ((batch_row * rows + position) * WIDTH)[:, None] + columns[None, :], mask=within,
-                     other=0.0).to(tl.float32)
+    values = tl.load(x + ((batch_row * rows + position) * WIDTH)[:, None] + columns[None, :], mask=within, other=0.0)
+    out = ((batch_row * capacity + tile) * WIDTH)[:, None] + columns[None, :]
+    tl.store(gathered + out, values, mask=within)
+    values = values.to(tl.float32)
     if IS_CENTERED:
         values = tl.where(own[None, :], values - (tl.sum(values, 1) / WIDTH)[:, None], 0.0)
     values *= tl.rsqrt(tl.sum(values * values, 1) / WIDTH + EPS)[:, None]
@@ -121,7 +125,7 @@ def route_and_norm_kernel(
         values *= tl.load(weight + columns, mask=own, other=0.0).to(tl.float32)[None, :]
     if HAS_BIAS:
         values += tl.load(bias + columns, mask=own, other=0.0).to(tl.float32)[None, :]
-    tl.store(normed + ((batch_row * capacity + tile) * WIDTH)[:, None] + columns[None, :], values, mask=within)
+    tl.store(normed + out, values, mask=within)
 
 
 def _in_memory(tensor: Tensor) -> Tensor:
@@ -132,7 +136,7 @@ def _in_memory(tensor: Tensor) -> Tensor:
 
 
 def launch(logits: Tensor, valid: Tensor | None, capacity: int, x: Tensor, weight: Tensor | None, bias: Tensor | None,
-           eps: float, *, is_centered: bool, traced: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+           eps: float, *, is_centered: bool, traced: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Allocates the outputs of ``route_and_norm`` and launches the kernel.
 
     Args:
@@ -147,7 +151,7 @@ def launch(logits: Tensor, valid: Tensor | None, capacity: int, x: Tensor, weigh
         traced: Whether a compiler traces this and should see the kernel.
 
     Returns:
-        ``positions``, ``[B, K]`` int64, ``filled``, ``[B, K]`` bool, and ``normed``, ``[B, K, D]``.
+        ``positions``, ``[B, K]`` int64, ``filled``, ``[B, K]`` bool, and ``chosen`` and ``normed``, ``[B, K, D]``.
 
     Raises:
         UsageError: S is more than a program holds.
@@ -158,7 +162,7 @@ def launch(logits: Tensor, valid: Tensor | None, capacity: int, x: Tensor, weigh
                          found=f"S = {rows}", where="route_and_norm, argument logits", fix="call route, then the norm")
     positions = logits.new_empty((batch, capacity), dtype=torch.int64)
     filled = logits.new_empty((batch, capacity), dtype=torch.bool)
-    normed = x.new_empty((batch, capacity, width))
+    chosen, normed = (x.new_empty((batch, capacity, width)) for _ in range(2))
     logits, x = (_in_memory(tensor) if traced else tensor.contiguous() for tensor in (logits, x))
     columns = triton.next_power_of_2(width)
     tile = triton.next_power_of_2(triton.cdiv(batch * capacity, _PROGRAMS))
@@ -172,6 +176,7 @@ def launch(logits: Tensor, valid: Tensor | None, capacity: int, x: Tensor, weigh
         x if bias is None else bias.contiguous(),
         positions,
         filled,
+        chosen,
         normed,
         rows,
         capacity,
@@ -186,4 +191,4 @@ def launch(logits: Tensor, valid: Tensor | None, capacity: int, x: Tensor, weigh
         TILE=tile,
         num_warps=_WARPS,
     )
-    return positions, filled, normed
+    return positions, filled, chosen, normed

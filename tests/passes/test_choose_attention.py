@@ -106,16 +106,22 @@ def test_a_mask_and_repeated_values_stay(times):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+def test_times_on_a_gpu():
+    small, large = (torch.randn(size, size, device="cuda") for size in (32, 4096))
+    assert 0 < choose_attention.time_us(lambda: small @ small, "cuda") < choose_attention.time_us(
+        lambda: large @ large, "cuda:0") < 100_000
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("rows", [1, 63, 128, 1024])
 def test_numbers_on_a_gpu(monkeypatch, dtype, causal, rows):
-    """Of every kernel, whichever is the fastest here; and one of them is."""
+    """Of every kernel, whichever is the fastest here."""
     inputs = dict.fromkeys(NAMES, (2, rows, 4, 64))
     given = [randn(*inputs["query"], seed=seed).to("cuda", getattr(torch, dtype)) for seed in range(3)]
     build = attention(None, 0.0, causal, scale=0.2)
-    assert len(kernels(rewritten(ChooseAttention("cuda"), lambda: graph_of(
-        inputs, build, dtypes=dict.fromkeys(inputs, dtype)))[1])) == 1
     for name in KERNELS:
         left = iter([10.0, *(1.0 if name == other else 10.0 for other in KERNELS)] * 2)
         monkeypatch.setattr(choose_attention, "time_us", lambda run, _, left=left: (run(), next(left))[1])

@@ -11,7 +11,7 @@ from tolerances import TOLERANCES
 # B batch  S rows  K capacity  D width
 
 aten, mod = torch.ops.aten, torch.ops.modcompile
-ROUTE, JOINED = "modcompile.route.default", "modcompile.route_and_norm.default"
+ROUTE, JOINED, GATHER = (f"modcompile.{name}.default" for name in ("route", "route_and_norm", "gather_rows"))
 WIDTH, CAPACITY = 8, 9
 INPUTS = {"x": (2, 63, WIDTH), "logits": (2, 63), "valid": (2, 63)}
 TENSORS = {"scale": torch.linspace(0.5, 2, WIDTH), "shift": torch.linspace(-1, 1, WIDTH)}
@@ -67,7 +67,31 @@ def test_numbers(norm, masked, keep):
     calls = nodes_of(after)
     assert calls.count(JOINED) == 1 and ROUTE not in calls
     assert not any(name.endswith("norm.default") for name in calls if name != JOINED)
-    assert calls.count("modcompile.gather_rows.default") == keep
+    assert GATHER not in calls
+    assert_same(before, after, *given(), tolerance=TOLERANCES["eager"][torch.float32])
+
+
+def put(call, x, rows, positions):
+    """Writes what was made of the chosen rows over them."""
+    batch = call(aten.unsqueeze.default, call(aten.arange.default, 2), 1)
+    return call(aten.index_put.default, x, [batch, positions], call(aten.mul.Tensor, rows, 3.0))
+
+
+def test_rows_that_are_written_over_are_a_second_value():
+    """What else is made of the rows, and rows of other values, are left alone."""
+    def build(call, x, logits, valid):
+        x = call(aten.neg.default, x)
+        normed, rows, positions, _ = block(layer_norm)(call, x, logits, valid)
+        other = call(aten.abs.default, x)
+        return (put(call, x, call(aten.add.Tensor, normed, rows), positions), put(call, other, rows, positions),
+                call(mod.gather_rows.default, other, positions))
+
+    before, after = joined(build)
+    (kernel,) = after.graph.find_nodes(op="call_function", target=mod.route_and_norm.default)
+    held = kernel.args[3]
+    first, kept = after.graph.find_nodes(op="call_function", target=aten.index_put.default)
+    assert held.target is aten.mul.Tensor and held.args[1] == 1.0 and set(held.users) == {kernel, first}
+    assert kept.args[0].target is aten.abs.default and nodes_of(after).count(GATHER) == 1
     assert_same(before, after, *given(), tolerance=TOLERANCES["eager"][torch.float32])
 
 

@@ -737,7 +737,7 @@ class TestGpu:
 
     def test_the_route_is_a_kernel(self, gpu):
         wrapper = wrapper_of(gpu[1])
-        assert "route_kernel" in wrapper and "aoti_torch_proxy_executor_call_function" not in wrapper
+        assert "route_and_norm_kernel" in wrapper and "aoti_torch_proxy_executor_call_function" not in wrapper
         # Both take the causal flag; the kernel for masks does not.
         assert "flash_attention" in wrapper or "cudnn_attention" in wrapper
         assert "efficient_attention" not in wrapper
