@@ -29,7 +29,8 @@ from modcompile.export.flatten import flatten
 from modcompile.model import GraphModel, evaluating
 from modcompile.pass_manager import PassManager
 from modcompile.spec import dtype_from_name
-from modcompile.verify import TOLERANCES, verify
+from modcompile.verify import verify
+from modcompile.verify_compare import TOLERANCES
 
 # Of all rows, where there is routing; as a relative L2 error, what that many rows make that are wholly wrong.
 _SLACK = 0.01
