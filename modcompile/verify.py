@@ -22,7 +22,7 @@ from torch import Tensor
 
 from modcompile.config import MoDConfig
 from modcompile.convert import padded_dims, padding_mask
-from modcompile.engine import Engine, build_engine, is_torch, load_options
+from modcompile.engine import Engine, as_torch, build_engine, is_torch, load_options
 from modcompile.errors import ParityError, UsageError
 from modcompile.model import GraphModel, MoDModel, evaluating
 from modcompile.spec import TensorSpec, dtype_from_name
@@ -124,7 +124,7 @@ class _Case:
         # First, for the engine checks what it is given.
         self.found = _outputs(engine, inputs, mod.outputs)
         device = next((tensor.device for tensor in mod.tensors().values()), torch.device("cpu"))
-        wanted = _cast({name: _as_torch(value) for name, value in inputs.items()}, mod.inputs)
+        wanted = _cast({name: as_torch(value) for name, value in inputs.items()}, mod.inputs)
         self.tensors = [wanted[spec.name].to(device) for spec in mod.inputs]
         config = mod.config if isinstance(mod, MoDModel) else MoDConfig()
         name, self.mask_dims = padding_mask(mod, config), padded_dims(mod, config)
@@ -139,7 +139,7 @@ class _Case:
     def compare(self, specs: Sequence[TensorSpec], found: Mapping[str, Any], expected: Mapping[str, Tensor],
                 ) -> tuple[Comparison, ...]:
         """Every named output, on valid rows."""
-        return tuple(compare(spec.name, _as_torch(found[spec.name]).cpu(), expected[spec.name].cpu(), self.tolerance,
+        return tuple(compare(spec.name, as_torch(found[spec.name]).cpu(), expected[spec.name].cpu(), self.tolerance,
                              self._rows(spec)) for spec in specs)
 
     def report(self, outputs: Sequence[Comparison], blocks: Sequence[Comparison] = (),
@@ -202,7 +202,7 @@ class _Case:
         model = with_routing_outputs(self.mod, outputs=outputs)
         own = all(spec.name in self.found for spec in model.outputs)
         found = self.found if own else self._run_probe(model, options)
-        values = {spec.name: _as_torch(found[spec.name]).cpu() for spec in model.outputs}
+        values = {spec.name: as_torch(found[spec.name]).cpu() for spec in model.outputs}
         rules = RoutingRules(self.mod, self.valid)
         forced = rules.choices(values)
         device = self.tensors[0].device
@@ -289,11 +289,3 @@ def _cast(inputs: Mapping[str, Any], specs: Sequence[TensorSpec]) -> dict[str, A
         elif not is_torch(value) and "float" in str(value.dtype):
             made[name] = value.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype, copy=False)
     return made
-
-
-def _as_torch(value: Any) -> Tensor:
-    if is_torch(value):
-        return value
-    if value.dtype.name == "bfloat16":
-        return torch.from_numpy(value.view("int16")).view(torch.bfloat16)
-    return torch.from_numpy(value)
