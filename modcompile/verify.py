@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from modcompile.config import MoDConfig
-from modcompile.convert import padded_dims, padding_mask
+from modcompile.convert import padded_dims, padding_mask, valid_rows
 from modcompile.engine import Engine, as_torch, build_engine, is_torch, load_options
 from modcompile.errors import ParityError, UsageError
 from modcompile.model import GraphModel, MoDModel, evaluating
@@ -130,8 +130,7 @@ class _Case:
         name, self.mask_dims = padding_mask(mod, config), padded_dims(mod, config)
         self.valid: Tensor | None = None  # [B, S] bool
         if name is not None:
-            mask = wanted[name.removeprefix("~")].cpu()
-            self.valid = mask == 0 if name.startswith("~") else mask != 0
+            self.valid = valid_rows(name, wanted[name.removeprefix("~")].cpu())
         with evaluating(mod):
             values = mod.run_graph(self.tensors)
         self.expected = {spec.name: value for spec, value in zip(mod.outputs, values, strict=True)}
