@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import ml_dtypes
-import torch
 from torch import Tensor
 
 from modcompile.config import MoDConfig
 from modcompile.convert import padded_dims, padding_mask, valid_rows
 from modcompile.engine import Engine, as_torch, build_engine, is_torch, load_options
 from modcompile.errors import ParityError, UsageError
-from modcompile.model import GraphModel, MoDModel, evaluating
+from modcompile.model import GraphModel, MoDModel, device_of, evaluating
 from modcompile.spec import TensorSpec, dtype_from_name
 from modcompile.variants import block_paths, with_routing_outputs
 from modcompile.verify_compare import TOLERANCES, Comparison, apart_from_mean, compare
@@ -123,7 +122,7 @@ class _Case:
         self.mod, self.engine, self.inputs, self.tolerance = mod, engine, inputs, tolerance
         # First, for the engine checks what it is given.
         self.found = _outputs(engine, inputs, mod.outputs)
-        device = next((tensor.device for tensor in mod.tensors().values()), torch.device("cpu"))
+        device = device_of(mod)
         wanted = _cast({name: as_torch(value) for name, value in inputs.items()}, mod.inputs)
         self.tensors = [wanted[spec.name].to(device) for spec in mod.inputs]
         config = mod.config if isinstance(mod, MoDModel) else MoDConfig()
