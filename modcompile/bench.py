@@ -36,7 +36,7 @@ from modcompile.errors import UsageError
 from modcompile.export.flatten import flatten
 from modcompile.flops import count_flops
 from modcompile.manifest import MANIFEST_NAME
-from modcompile.model import GraphModel, MoDModel
+from modcompile.model import GraphModel, MoDModel, device_of
 from modcompile.sample_inputs import index_limits, sample_inputs, shapes_with, symbol_sizes
 from modcompile.saving import load
 from modcompile.turns import longest_kernels, take_turns
@@ -107,7 +107,7 @@ def benchmark(mod: MoDModel | str | os.PathLike, *, runtime: str = "ort",
                          expected="a MoDModel, or its folder", found=type(mod).__name__,
                          fix="convert or calibrate the model first")
     mod = mod if isinstance(mod, MoDModel) else load(mod)
-    device = next((tensor.device for tensor in mod.tensors().values()), torch.device("cpu"))
+    device = device_of(mod)
     if profile and device.type != "cuda":
         raise UsageError("only a GPU's kernels can be listed", expected="a model on a GPU", found=f"one on {device}",
                          where="benchmark, argument profile", fix="leave it out, or move the model to a GPU")

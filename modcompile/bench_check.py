@@ -26,10 +26,11 @@ from torch import Tensor
 
 from modcompile.engine import Engine
 from modcompile.export.flatten import flatten
-from modcompile.model import GraphModel, evaluating
+from modcompile.model import GraphModel, device_of, evaluating
 from modcompile.pass_manager import PassManager
 from modcompile.spec import dtype_from_name
-from modcompile.verify import TOLERANCES, verify
+from modcompile.verify import verify
+from modcompile.verify_compare import TOLERANCES
 
 # Of all rows, where there is routing; as a relative L2 error, what that many rows make that are wholly wrong.
 _SLACK = 0.01
@@ -73,7 +74,7 @@ def check(model: GraphModel, engine: Engine, inputs: Mapping[str, Any], *, route
     precision = engine.manifest.precision
     if precision != "fp32":
         tolerance = TOLERANCES[precision]
-        device = next((tensor.device for tensor in model.tensors().values()), torch.device("cpu"))
+        device = device_of(model)
         with evaluating(model):
             expected = model.run_graph([torch.as_tensor(inputs[spec.name]).to(device) for spec in model.inputs])
         found = _compare(list(engine.run(inputs_for(engine, inputs, device)).values()), expected, tolerance)

@@ -4,34 +4,34 @@
 it came from. No model family is special here: what varies is found from the graph.
 """
 
-import collections
 import contextlib
 import inspect
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import sympy
 import torch
 import torch.fx
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
-from torch.utils._sympy.functions import Max, Min, ToFloat
 
+from modcompile.capture_sizes import (
+    any_size,
+    check_float_sizes,
+    fixed_names,
+    merge_symbols,
+    name_symbols,
+    varying_sizes,
+)
 from modcompile.errors import UnsupportedGraphError, UsageError
+from modcompile.example_inputs import bind_example, call_arguments, defaults_of, distinct_sizes
 from modcompile.interface import Interface, graph_name, pack_tree
 from modcompile.model import GraphModel
 from modcompile.pass_manager import PassManager
 from modcompile.program import Program
-from modcompile.shapes import dim_expr, shape_exprs, uncached
+from modcompile.shapes import dim_expr, uncached
 from modcompile.spec import TensorSpec, dtype_name
 
 __all__ = ["capture"]
-
-ROLES = ("batch", "sequence")
-# From a size to one far above it, which leaves the same remainder for all likely divisors.
-FAR = math.factorial(20)
 
 
 def capture(model: nn.Module, example_inputs: dict | tuple | torch.Tensor, *, dynamic: bool = True) -> GraphModel:
@@ -60,26 +60,26 @@ def capture(model: nn.Module, example_inputs: dict | tuple | torch.Tensor, *, dy
     """
     if isinstance(model, GraphModel):
         return _checked(model, example_inputs, dynamic)
-    parameters, arguments = _bind(model, example_inputs)
+    parameters, arguments = bind_example(model, example_inputs)
     if "use_cache" in parameters and "use_cache" not in arguments:
         # A generation cache is state, not a value: a graph without it is what training and prefill scoring run.
         arguments["use_cache"] = False
-    arguments = _distinct_sizes(arguments, dynamic)
+    arguments = distinct_sizes(arguments, dynamic)
     flat = pytree.tree_leaves(arguments)
-    shapes = pytree.tree_map(_auto, arguments) if dynamic else None
+    shapes = pytree.tree_map(any_size, arguments) if dynamic else None
     while True:
         exported = _export(model, arguments, shapes)
         traced = exported.module(check_guards=False)
         graph = _flatten(traced, flat)
-        names, hints = _name_symbols(graph)
-        fixed = _fixed_names(graph, names, hints)
+        names, hints = name_symbols(graph)
+        fixed = fixed_names(graph, names, hints)
         if not fixed:
             break
         # Again, with numbers for what is fixed: an expression that is always 16 is not seen to be the 16 of a table.
-        shapes = _varying(graph, arguments, {symbol for symbol, name in names.items() if name not in fixed})
-    _check_float_sizes(graph, names)
-    _merge_symbols(graph, names)
-    interface = _interface(graph, parameters, _defaults(model), arguments, exported.call_spec.out_spec, names)
+        shapes = varying_sizes(graph, arguments, {symbol for symbol, name in names.items() if name not in fixed})
+    check_float_sizes(graph, names)
+    merge_symbols(graph, names)
+    interface = _interface(graph, parameters, defaults_of(model), arguments, exported.call_spec.out_spec, names)
     graph_module = Program(graph).assemble(*_tensors(model, traced, graph))
     # Imported here: the passes import the pass manager, which this module uses too.
     from modcompile.passes.expand_einsum import ExpandEinsum
@@ -141,56 +141,13 @@ def _check_takes(model: nn.Module, arguments: dict[str, Any]) -> None:
 
 def _checked(graph: GraphModel, example_inputs: dict | tuple | torch.Tensor, dynamic: bool) -> GraphModel:
     """A graph that is what would be captured."""
-    graph.interface.bind(*_call(example_inputs))
+    graph.interface.bind(*call_arguments(example_inputs))
     varying = [str(spec) for spec in graph.inputs if any(isinstance(size, str) for size in spec.shape)]
     if varying and not dynamic:
         raise UsageError("the model is a graph already, and its sizes vary", expected="a module to capture",
                          found=", ".join(varying), where="dynamic=False",
                          fix="capture the module that it came from, with dynamic=False")
     return graph
-
-
-def _call(example_inputs: dict | tuple | torch.Tensor) -> tuple[tuple, dict[str, Any]]:
-    """Positional arguments, and those by name."""
-    if isinstance(example_inputs, torch.Tensor):
-        example_inputs = (example_inputs,)
-    if not isinstance(example_inputs, Mapping | tuple | list):
-        raise UsageError("example_inputs are not the arguments of a call", found=type(example_inputs).__name__,
-                         expected="a dict of arguments by name, or a tuple of positional ones", where="example_inputs")
-    return ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
-
-
-def _bind(model: nn.Module, example_inputs: dict | tuple | torch.Tensor) -> tuple[tuple[str, ...], dict]:
-    signature = inspect.signature(model.forward)
-    args, kwargs = _call(example_inputs)
-    parameters = tuple(p.name for p in signature.parameters.values()
-                       if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
-    try:
-        bound = signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise UsageError("example_inputs do not fit the model's forward", expected=f"forward{signature}",
-                         found=f"{error}; given {', '.join(kwargs) or len(args)}", where="example_inputs") from None
-    arguments: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_KEYWORD:
-            arguments |= value
-        elif kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
-            raise UnsupportedGraphError("the model's forward takes arguments without names", expected="named arguments",
-                                        found=f"forward{signature}", where=name, fix="wrap the model in a module")
-        else:
-            arguments[name] = value
-    arguments = {name: value for name, value in arguments.items() if value is not None}
-    if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(arguments)):
-        kinds = ", ".join(f"{name} {type(value).__name__}" for name, value in arguments.items())
-        raise UsageError("example_inputs hold no tensor", expected="at least one tensor of torch",
-                         found=kinds or "nothing", where="example_inputs", fix="torch.as_tensor(value) for an array")
-    return parameters, arguments
-
-
-def _defaults(model: nn.Module) -> dict[str, bool | int | float | str]:
-    parameters = inspect.signature(model.forward).parameters.values()
-    return {p.name: p.default for p in parameters if isinstance(p.default, bool | int | float | str)}
 
 
 @contextlib.contextmanager
@@ -211,48 +168,6 @@ def _named_arguments(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
             model.forward = source
         else:
             del model.forward
-
-
-def _auto(value):
-    return {dim: torch.export.Dim.AUTO for dim in range(value.dim())} if isinstance(value, torch.Tensor) else None
-
-
-def _varying(graph: torch.fx.Graph, arguments: dict, symbols: set) -> dict:
-    """The dynamic sizes of an export in which only the dims of these symbols vary."""
-    nodes = iter(graph.find_nodes(op="placeholder"))
-
-    def dims(value):
-        if not isinstance(value, torch.Tensor):
-            return None
-        sizes = shape_exprs(next(nodes)) or ()
-        return {dim: torch.export.Dim.AUTO for dim, size in enumerate(sizes) if size in symbols}
-
-    return pytree.tree_map(dims, arguments)
-
-
-def _distinct_sizes(arguments: dict, dynamic: bool) -> dict:
-    """Repeats a batch of 1, whose size torch.export would fix, or of another dim's size, which it would take for it."""
-    tensors = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, torch.Tensor) and leaf.dim()]
-    for tensor in tensors:
-        if 0 in tensor.shape:
-            raise UsageError("an example input is empty", expected="sizes of at least 1", found=tuple(tensor.shape),
-                             where="example_inputs")
-    # What most inputs begin with, but for a 1 that is broadcast, and of two such the one of more dims: others may be
-    # tables of all sequences.
-    rows = [tensor for tensor in tensors if tensor.dim() > 1] or tensors
-    rows = [tensor for tensor in rows if tensor.shape[0] > 1] or rows
-    counts = collections.Counter(tensor.shape[0] for tensor in rows)
-    batch = max(rows, key=lambda tensor: (counts[tensor.shape[0]], tensor.dim())).shape[0] if rows else 1
-    others = {size for tensor in tensors for size in tensor.shape[1:]}
-    if not dynamic or (batch > 1 and batch not in others):
-        return arguments
-    times = next(n for n in range(2, 99) if batch * n not in others)
-
-    def repeat(value):
-        batched = isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == batch
-        return value.repeat(times, *[1] * (value.dim() - 1)) if batched else value
-
-    return pytree.tree_map(repeat, arguments)
 
 
 def _flatten(traced: torch.fx.GraphModule, flat: list) -> torch.fx.Graph:
@@ -297,131 +212,6 @@ def _copy_node(traced: torch.fx.GraphModule, node: torch.fx.Node, made: torch.fx
     for user in node.users:
         # Made here, out of order: the copy of a getitem on the region is the value itself.
         values[user] = results[user.args[1]]
-
-
-def _name_symbols(graph: torch.fx.Graph) -> tuple[dict, dict[str, int]]:
-    """A name and the example's size for each symbol of the inputs: "batch" is dim 0, "sequence" dim 1, by first use.
-
-    Two symbols of equal size at the same dim get one name: a mask's batch is the batch, though nothing in the graph may
-    compare them. To keep two lengths apart, give them different sizes in the example.
-    """
-    names: dict = {}
-    roles: dict[tuple[int, int], str] = {}
-    hints: dict[str, int] = {}
-    for node in graph.find_nodes(op="placeholder"):
-        for dim, size in enumerate(node.meta["val"].shape):
-            expr = dim_expr(size)
-            if not expr.is_number and expr not in names:
-                hint = size.node.hint
-                if not expr.is_Symbol:
-                    raise UnsupportedGraphError(
-                        "an input's size depends on another's", found=f"dim {dim} is {expr}", where=node.name,
-                        expected="sizes that are equal or independent",
-                        fix="pass inputs of equal length, or capture with dynamic=False")
-                free = dim < len(ROLES) and ROLES[dim] not in hints
-                names[expr] = roles.setdefault((dim, hint), ROLES[dim] if free else f"{node.name}_{dim}")
-                hints[names[expr]] = hint
-    return names, hints
-
-
-def _equalities(graph: torch.fx.Graph) -> list[sympy.Eq]:
-    """The equalities that torch.export guards, in the symbols that the graph has."""
-    values = [node.meta["val"] for node in graph.find_nodes(op="placeholder")]
-    mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
-    if not mode or not mode.shape_env:
-        return []
-    exprs = [mode.shape_env.replace(guard.expr) for guard in mode.shape_env.guards if guard.expr.is_Equality]
-    return [expr for expr in exprs if expr.is_Equality]
-
-
-def _fixed_names(graph: torch.fx.Graph, names: dict, hints: dict[str, int]) -> set[str]:
-    """The names of sizes that the model fixes only together, or to a few values.
-
-    torch.export puts a number for a size that one equality gives, as S + 1 = 17 does, but only guards
-    (height // 4) * (width // 4) = 16, for an image whose patches have 16 positions.
-    """
-    known = {symbol: hints[name] for symbol, name in names.items()}
-    merged, fixed = _merged(names), set()
-    for equality in _equalities(graph):
-        # Sizes of one name will be one size: 4 * B // B' = 4 fixes nothing.
-        equality = equality.xreplace(merged)
-        if not equality.is_Equality:
-            continue
-        left, right = equality.args
-        # B * S = B * 16 fixes S. What makes two sizes depend on each other fixes neither.
-        above, below = sympy.fraction(left / (right or 1))
-        if not (above.free_symbols and below.free_symbols) and not equality.has(ToFloat):
-            # S % 4 = 0 and S // (S // 4) = 4 hold far from the example too: they fix nothing.
-            fixed |= {names[symbol] for symbol in equality.free_symbols & known.keys()
-                      if equality.xreplace(known | {symbol: known[symbol] + FAR}) is sympy.false}
-    return fixed
-
-
-def _check_float_sizes(graph: torch.fx.Graph, names: dict) -> None:
-    """Refuses a size that was computed through a float: torch.export fixes it at the example's, and only guards it.
-
-    Raises:
-        UnsupportedGraphError: Such a guard on a size that may vary.
-    """
-    for equality in _equalities(graph):
-        fixed = next((side for side in equality.args if side.is_number), None)
-        if fixed is not None and equality.has(ToFloat) and equality.free_symbols & names.keys():
-            computed = next(side for side in equality.args if side is not fixed)
-            text = str(computed.xreplace({symbol: sympy.Symbol(name) for symbol, name in names.items()}))
-            raise UnsupportedGraphError("the model computes a size through a float, which fixes it", where="forward",
-                                        expected="sizes in integers", found=f"{text}, {fixed} in the example",
-                                        fix="write x // 2 for int(x * 0.5), or capture with dynamic=False")
-
-
-def _merged(names: dict) -> dict:
-    """For each symbol that is not the first of its name, the one that is."""
-    first: dict = {}
-    merged = {symbol: first.setdefault(name, symbol) for symbol, name in names.items()}
-    return {symbol: kept for symbol, kept in merged.items() if symbol != kept}
-
-
-def _merge_symbols(graph: torch.fx.Graph, names: dict) -> None:
-    """Symbols of one name become one symbol in every recorded shape, and so does what always equals a symbol.
-
-    A table of 128 positions of which the last S are taken has 128 - max(0, 128 - S), which torch.export guards to be S.
-    """
-    merged = _merged(names)
-    equal = {}
-    for equality in _equalities(graph):
-        for symbol, expr in (equality.args, equality.args[::-1]):
-            if symbol in names and symbol in expr.free_symbols <= names.keys():
-                equal[expr.xreplace(merged)] = merged.get(symbol, symbol)
-    known: dict = {}
-
-    def simple(value, expr):
-        if expr not in known:
-            known[expr] = equal.get(made := expr.xreplace(merged), made)
-            # 1 - max(0, 1 - S) is 1.
-            if known[expr].has(Max, Min) and (bounds := value.node.shape_env.bound_sympy(made)).is_singleton():
-                known[expr] = sympy.Integer(int(bounds.lower))
-        return known[expr]
-
-    def is_simple(value):
-        expr = dim_expr(value)
-        return expr.is_number or simple(value, expr) == expr
-
-    def size(value):
-        if is_simple(value):
-            return value
-        expr = simple(value, dim_expr(value))
-        return int(expr) if expr.is_number else value.node.shape_env.create_symintnode(expr, hint=value.node.hint)
-
-    def renamed(value):
-        if isinstance(value, torch.SymInt) and not simple(value, dim_expr(value)).is_number:
-            return size(value)
-        if isinstance(value, FakeTensor) and not all(map(is_simple, value.shape)):
-            with value.fake_mode:
-                return torch.empty([size(d) for d in value.shape], dtype=value.dtype, device=value.device)
-        return value
-
-    for node in graph.nodes:
-        if "val" in node.meta:
-            node.meta["val"] = pytree.tree_map(renamed, node.meta["val"])
 
 
 def _interface(graph: torch.fx.Graph, parameters, defaults: dict, arguments: dict, out_spec, names: dict) -> Interface:

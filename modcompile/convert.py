@@ -149,6 +149,11 @@ def padding_mask(source: GraphModel, config: MoDConfig) -> str | None:
     return config.padding_mask or DEFAULT_MASK
 
 
+def valid_rows(name: str, mask: torch.Tensor) -> torch.Tensor:
+    """Which rows are no padding, as the input says that ``padding_mask`` names; bool [B, S]."""
+    return mask == 0 if name.startswith("~") else mask != 0
+
+
 def padded_dims(source: GraphModel, config: MoDConfig) -> tuple[int | str, ...] | None:
     """The dims of the padding mask, [B, S]: it is of values that begin with them. None without one."""
     name = padding_mask(source, config)

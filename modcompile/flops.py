@@ -8,7 +8,7 @@ import torch
 import torch.fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from modcompile.blocks import module_paths
+from modcompile.block_view import module_paths
 from modcompile.errors import UsageError
 from modcompile.model import GraphModel
 from modcompile.shapes import fake_inputs

@@ -319,6 +319,11 @@ class MoDModel(GraphModel):
                         self._routed_blocks, self.dense_program.copy()).train(self.training)
 
 
+def device_of(model: GraphModel) -> torch.device:
+    """Where a model's tensors are; the CPU, if it has none."""
+    return next((tensor.device for tensor in model.tensors().values()), torch.device("cpu"))
+
+
 @contextlib.contextmanager
 def evaluating(model: GraphModel) -> Iterator[None]:
     """Without dropout and gradients while the context is open."""

@@ -14,7 +14,7 @@ import torch.fx
 import torch.utils._pytree as pytree
 
 from modcompile.attention import VIEWS, SelfAttention
-from modcompile.blocks import is_pointwise
+from modcompile.pointwise import is_pointwise
 from modcompile.shapes import dim_expr, shape_exprs, size_value
 
 __all__ = ["RowsApart"]

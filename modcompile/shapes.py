@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from modcompile.spec import TensorSpec, dtype_from_name
 
-__all__ = ["ShapePropagation", "dim_expr", "fake_inputs", "fake_mode_of", "new_symbol", "propagate",
+__all__ = ["ShapePropagation", "describe", "dim_expr", "fake_inputs", "fake_mode_of", "new_symbol", "propagate",
            "propagate_alike", "propagate_missing", "shape_exprs", "size_value", "uncached"]
 
 # Sizes that stand for a symbol while shapes are propagated: pairwise different, odd, and unlikely to equal a real dim.
@@ -82,6 +82,11 @@ def shape_exprs(node: torch.fx.Node) -> tuple[sympy.Expr, ...] | None:
     """The dims of a tensor node as sympy expressions; None for what is not a tensor."""
     value = node.meta.get("val")
     return tuple(dim_expr(d) for d in value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def describe(node: torch.fx.Node) -> str:
+    """A value with its dims, for a reason: "add [s0, s1, 8]"."""
+    return f"{node.name} [{', '.join(map(str, shape_exprs(node) or ()))}]"
 
 
 def size_value(node: object) -> sympy.Expr | None:

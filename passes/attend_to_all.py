@@ -34,7 +34,7 @@ from modcompile.attention import VIEWS, SelfAttention, ancestors, attention_argu
 from modcompile.errors import PassContractError, UnsupportedGraphError
 from modcompile.pass_manager import Pass, PassResult, Skip
 from modcompile.rows_apart import RowsApart
-from modcompile.shapes import fake_mode_of, new_symbol, shape_exprs, size_value
+from modcompile.shapes import describe, fake_mode_of, new_symbol, shape_exprs, size_value
 
 __all__ = ["AttendToAll"]
 
@@ -230,8 +230,7 @@ class _Split:
 
     def _unfit(self, arg: torch.fx.Node, expected: str) -> UnsupportedGraphError:
         return UnsupportedGraphError(f"block {self.path} cannot attend to all rows", expected=expected, where=arg.name,
-                                     found=f"{arg.name} [{', '.join(map(str, shape_exprs(arg) or ()))}]",
-                                     fix='use attend_to="chosen"')
+                                     found=describe(arg), fix='use attend_to="chosen"')
 
     def _size(self, expr):
         if expr not in self.sizes:

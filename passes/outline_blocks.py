@@ -22,7 +22,8 @@ import torch
 import torch.fx
 from modcompile.passes.hoist_sizes import emit_size
 
-from modcompile.blocks import ROWS, BlockView, analyse_block, side_rank
+from modcompile.block_sides import ROWS, side_rank
+from modcompile.block_view import BlockView, analyse_block
 from modcompile.errors import PassContractError, UnsupportedGraphError
 from modcompile.pass_manager import Pass, PassResult, Skip
 from modcompile.program import order_tensors

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import torch.fx
 
-from modcompile.blocks import analyse_block, block_groups
+from modcompile.block_view import analyse_block, block_groups
 from modcompile.pass_manager import Pass, PassResult, Skip
 
 __all__ = ["PruneBlocks"]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from modcompile.engine import Engine, is_torch
+from modcompile.engine import Engine, as_torch, is_torch
 from modcompile.manifest import Manifest
 from modcompile.model import GraphModel
 from modcompile.spec import TensorSpec
@@ -36,10 +36,7 @@ class FakeEngine(Engine):
 
     def _run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         self.runs += 1
-        tensors = []
-        for spec in self.model.inputs:
-            value = inputs[spec.name] if is_torch(inputs[spec.name]) else torch.from_numpy(inputs[spec.name])
-            tensors.append(value.to(getattr(torch, spec.dtype)))
+        tensors = [as_torch(inputs[spec.name]).to(getattr(torch, spec.dtype)) for spec in self.model.inputs]
         with torch.no_grad():
             values = self.model.run_graph(tensors)
         outputs: dict[str, np.ndarray] = {spec.name: value.numpy().copy()

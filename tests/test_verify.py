@@ -112,6 +112,14 @@ def test_an_engine_that_is_the_model(dense: GraphModel, kind: str):
     assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["outputs"][0]["name"] == "hidden"
 
 
+@pytest.mark.filterwarnings("error")
+def test_arrays_that_torch_cannot_take_as_they_are(dense: GraphModel):
+    inputs = {name: value.numpy()[::-1] for name, value in inputs_of().items()}
+    inputs["attention_mask"] = np.ones_like(inputs["attention_mask"])
+    inputs["attention_mask"].setflags(write=False)
+    assert mc.verify(dense, FakeEngine(dense), inputs).outputs[0].max_abs_error == 0
+
+
 def test_differences_within_the_tolerance_are_measured(dense: GraphModel):
     def tamper(outputs):
         outputs["hidden"][1, 7, 3] += 1e-5

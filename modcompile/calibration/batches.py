@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modcompile.capture import capture
 from modcompile.config import MoDConfig
-from modcompile.convert import padding_mask
+from modcompile.convert import padding_mask, valid_rows
 from modcompile.errors import UsageError
 from modcompile.interface import graph_name
 from modcompile.model import GraphModel
@@ -56,8 +56,7 @@ def bind_batches(graph: GraphModel, calls: Sequence[Any], config: MoDConfig) -> 
             _check_words(name, inputs[names.index(name)], limit, number)
         valid = None
         if mask is not None:
-            given = inputs[names.index(mask.removeprefix("~"))]
-            valid = given == 0 if mask.startswith("~") else given != 0
+            valid = valid_rows(mask, inputs[names.index(mask.removeprefix("~"))])
             if not valid.any():
                 raise UsageError("a batch is padding alone", expected="valid rows", found="none",
                                  where=f"batches[{number}], input {graph_name(mask.removeprefix('~'))}")

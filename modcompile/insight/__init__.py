@@ -2,6 +2,7 @@
 
 __all__ = ["Insight", "Passage", "measure", "read_passages", "render", "write_page"]
 
-from modcompile.insight.measure import Insight, measure
+from modcompile.insight.figures import Insight
+from modcompile.insight.measure import measure
 from modcompile.insight.page import render, write_page
 from modcompile.insight.passages import Passage, read_passages

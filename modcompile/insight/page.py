@@ -21,8 +21,8 @@ import numpy as np
 
 import modcompile
 from modcompile.files import write_whole
+from modcompile.insight.figures import Group, Insight, PassageRouting
 from modcompile.insight.graph import picture_of
-from modcompile.insight.measure import Group, Insight, PassageRouting
 from modcompile.insight.passages import KINDS
 from modcompile.model import MoDModel
 

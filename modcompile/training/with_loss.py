@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from modcompile.config import MoDConfig
-from modcompile.convert import padded_blocks, padded_dims, padding_mask
+from modcompile.convert import padded_blocks, padded_dims, padding_mask, valid_rows
 from modcompile.errors import UsageError
 from modcompile.model import GraphModel, MoDModel
 from modcompile.trace import RoutingTrace, trace_routing
@@ -147,8 +147,7 @@ class WithLoss(nn.Module):
     def _valid(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
         if self._padding is None:
             return None
-        mask = inputs[self._padding.removeprefix("~")] != 0
-        return ~mask if self._padding.startswith("~") else mask
+        return valid_rows(self._padding, inputs[self._padding.removeprefix("~")])
 
 
 def _logits(outputs: Any) -> torch.Tensor:

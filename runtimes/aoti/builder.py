@@ -48,7 +48,7 @@ from modcompile.export.flatten import bind_shapes, flatten
 from modcompile.export.lift import lift
 from modcompile.export.onnx_file import PRECISIONS, resolve_precision
 from modcompile.manifest import PassRecord, VersionRange
-from modcompile.model import GraphModel
+from modcompile.model import GraphModel, device_of
 from modcompile.ops.route import _reference as sorted_route
 from modcompile.pass_manager import Pass, PassManager
 from modcompile.spec import TensorSpec, dtype_name
@@ -87,8 +87,7 @@ def build(model: nn.Module, folder: Path, *, runtime: str, precision: str | None
     """
     graph = model if isinstance(model, GraphModel) else capture(model, example_inputs)
     precision = resolve_precision(graph, precision)
-    home = next((tensor.device for tensor in graph.tensors().values()), torch.device("cpu"))
-    place = find_device(str(home) if device is None else device)
+    place = find_device(str(device_of(graph)) if device is None else device)
     passes = PassManager(lowering_passes(precision, place))
     flat = passes(flatten(_at(graph, place), shapes))
     # On a GPU the compiler sees route's kernel.

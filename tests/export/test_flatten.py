@@ -20,7 +20,7 @@ from tolerances import TOLERANCES, deviation
 from torch import nn
 
 from modcompile import MoDConfig, convert
-from modcompile.blocks import module_paths
+from modcompile.block_view import module_paths
 from modcompile.capture import capture
 from modcompile.errors import UnsupportedGraphError, UsageError
 from modcompile.export.flatten import bind_shapes, flatten, inline
