@@ -84,6 +84,7 @@ def capture(model: nn.Module, example_inputs: dict | tuple | torch.Tensor, *, dy
     # Imported here: the passes import the pass manager, which this module uses too.
     from modcompile.passes.expand_einsum import ExpandEinsum
     from modcompile.passes.functionalize import Functionalize
+    from modcompile.passes.fuse_softmax import FuseSoftmax
     from modcompile.passes.hoist_sizes import HoistSizes
     from modcompile.passes.remove_noops import RemoveNoops
     from modcompile.passes.simplify_masks import SimplifyMasks
@@ -91,8 +92,8 @@ def capture(model: nn.Module, example_inputs: dict | tuple | torch.Tensor, *, dy
 
     made = GraphModel(graph_module, interface, hints)
     # Without writes and tracing leftovers, and with sizes computed once, blocks have only the inputs they need.
-    manager = PassManager([ExpandEinsum(), SplitBaddbmm(), Functionalize(), RemoveNoops(), HoistSizes(),
-                           SimplifyMasks()])
+    manager = PassManager([ExpandEinsum(), SplitBaddbmm(), Functionalize(), RemoveNoops(), FuseSoftmax(),
+                           HoistSizes(), SimplifyMasks()])
     manager(graph_module)
     made.passes = manager.ran
     return made
