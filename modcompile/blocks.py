@@ -384,7 +384,8 @@ def _unfit(path: str, body, batch: sympy.Expr, rows: sympy.Expr, width: sympy.Ex
             return Skip("a softmax runs along dim 0 of the hidden state, which is [S, B, D]; a routed block has "
                         "[B, S, D] (batch_first=True)", path)
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            return Skip(f"{node.name} = {node.target} writes in place", path)
+            return Skip(f"{node.name} = {node.target} writes to {node.args[0]} in place, and this is read elsewhere, "
+                        "or has no other form; make a new value instead (torch.cat, torch.where)", path)
     if not any(arg.op == "get_attr" for node in body for arg in node.all_input_nodes):
         return Skip("it has no parameters: there is too little in it to save", path)
     if all(is_pointwise(node.target) or getattr(node.target, "overloadpacket", None) in (*ROW_WISE, *OF_NORMS)
@@ -448,10 +449,16 @@ def side_rank(arg: torch.fx.Node, user: torch.fx.Node) -> int:
 
 def _side(arg: torch.fx.Node, user: torch.fx.Node, batch: sympy.Expr, rows: sympy.Expr) -> Side | Skip:
     exprs = shape_exprs(arg) or ()
+    if arg.meta["val"].is_complex():
+        return Skip(f"the side input {_describe(arg)} is complex, which no runtime takes; pass cosines and sines")
     for expr in exprs:
         if any(symbol_is_type(symbol, SymT.UNBACKED_INT) for symbol in expr.free_symbols):
             return Skip(f"the side input {_describe(arg)} has a dim of {expr}, which is computed from a tensor's "
                         "values; compute sizes from sizes (x.shape), in integers")
+        if expr != rows and batch in expr.free_symbols and rows in expr.free_symbols:
+            return Skip(f"the side input {_describe(arg)} has a dim of {expr}: rows of all sequences in one order, as "
+                        "experts have that sort them; let each row take its own experts' weights (with transformers: "
+                        "model.set_experts_implementation('batched_mm'))")
         if expr != rows and ROWS in _in_rows(expr, batch, rows).free_symbols:
             return Skip(f"the side input {_describe(arg)} has a dim of {expr}, which cannot be gathered")
     if not any(batch in expr.free_symbols | {expr} or expr == rows for expr in exprs):
