@@ -243,8 +243,9 @@ def _named_blocks(report: BlockReport, patterns: tuple[int, ...] | tuple[str, ..
 
 
 def module_paths(node: torch.fx.Node) -> list[str]:
-    """The module paths that a node was traced under, outermost first."""
-    return [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    """The module paths that a node was traced under, outermost first; of a block that was outlined, its own."""
+    paths = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    return [*paths, str(node.target)] if node.op == "call_module" else paths
 
 
 def block_groups(graph: torch.fx.Graph) -> dict[str, list[tuple[int, str]]]:

@@ -585,6 +585,21 @@ class Turned(nn.Module):
         return hidden
 
 
+class OneLength(Two):
+    """A decoder of as many rows as the encoder that it looks at."""
+
+    def forward(self, words):
+        return super().forward(words, words.relu())
+
+
+@torch.no_grad()
+def test_lists_of_one_length_are_told_apart():
+    model, x = OneLength().eval(), randn(3, 63, 8)
+    mod = convert(model, (X,), MoDConfig(blocks="all", capacity_ratio=1.0))
+    assert list(mod.routers) == ["encoder.layers.0", "encoder.layers.1", "encoder.layers.2", "decoder.0", "decoder.1"]
+    assert torch.equal(mod(x), model(x))
+
+
 def test_rows_of_all_sequences_in_one_order():
     found = reasons(Stack(Sorting(), Sorting()))["layers.0"]
     assert re.search(r"a dim of (batch\*sequence|sequence\*batch): rows of all sequences in one order, as", found)
