@@ -25,7 +25,7 @@ import torch
 import torch.fx
 
 from modcompile.pass_manager import Pass, PassResult, Skip, call_for
-from modcompile.shapes import propagate, shape_exprs
+from modcompile.shapes import propagate, shape_exprs, simplify_sizes
 
 __all__ = ["Functionalize"]
 
@@ -53,11 +53,13 @@ class Functionalize(Pass):
                 _redirect(node, target, node, place)
                 writes.remove(node)
         # Which values share memory is known once the graph has run on fake tensors that do.
-        propagate(graph_module, [node.meta["val"] for node in graph.find_nodes(op="placeholder")])
+        propagate(graph_module, [node.meta["val"] for node in graph.find_nodes(op="placeholder")],
+                  simplify=False)
         memory = {node: _memory(node.meta.get("val")) for node in graph.nodes}
         for node in graph.find_nodes(op="call_function", target=aten.dropout.default):
             # One that is off gives the tensor it was given, though on fake tensors it may be another.
             memory[node] |= memory[node.args[0]]
+        simplify_sizes(graph)
         skips = []
         for node in writes:
             reason = _kept(node, memory, place)
