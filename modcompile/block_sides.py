@@ -55,10 +55,16 @@ def side_rank(arg: torch.fx.Node, user: torch.fx.Node) -> int:
 def side_of(arg: torch.fx.Node, user: torch.fx.Node, batch: sympy.Expr, rows: sympy.Expr) -> Side | Skip:
     """How a value enters a block whose hidden state is [batch, rows, D] and in which ``user`` reads it, or why not."""
     exprs = shape_exprs(arg) or ()
+    if arg.meta["val"].is_complex():
+        return Skip(f"the side input {describe(arg)} is complex, which no runtime takes; pass cosines and sines")
     for expr in exprs:
         if any(symbol_is_type(symbol, SymT.UNBACKED_INT) for symbol in expr.free_symbols):
             return Skip(f"the side input {describe(arg)} has a dim of {expr}, which is computed from a tensor's "
                         "values; compute sizes from sizes (x.shape), in integers")
+        if expr != rows and batch in expr.free_symbols and rows in expr.free_symbols:
+            return Skip(f"the side input {describe(arg)} has a dim of {expr}: rows of all sequences in one order, as "
+                        "experts have that sort them; let each row take its own experts' weights (with transformers: "
+                        "model.set_experts_implementation('batched_mm'))")
         if expr != rows and ROWS in in_rows(expr, batch, rows).free_symbols:
             return Skip(f"the side input {describe(arg)} has a dim of {expr}, which cannot be gathered")
     if not any(batch in expr.free_symbols | {expr} or expr == rows for expr in exprs):

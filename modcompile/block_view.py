@@ -58,8 +58,9 @@ class BlockView:
 
 
 def module_paths(node: torch.fx.Node) -> list[str]:
-    """The module paths that a node was traced under, outermost first."""
-    return [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    """The module paths that a node was traced under, outermost first; of a block that was outlined, its own."""
+    paths = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    return [*paths, str(node.target)] if node.op == "call_module" else paths
 
 
 def block_groups(graph: torch.fx.Graph) -> dict[str, list[tuple[int, str]]]:
@@ -191,7 +192,8 @@ def _unfit(path: str, body, batch: sympy.Expr, rows: sympy.Expr, width: sympy.Ex
             return Skip("a softmax runs along dim 0 of the hidden state, which is [S, B, D]; a routed block has "
                         "[B, S, D] (batch_first=True)", path)
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            return Skip(f"{node.name} = {node.target} writes in place", path)
+            return Skip(f"{node.name} = {node.target} writes to {node.args[0]} in place, and this is read elsewhere, "
+                        "or has no other form; make a new value instead (torch.cat, torch.where)", path)
     if not any(arg.op == "get_attr" for node in body for arg in node.all_input_nodes):
         return Skip("it has no parameters: there is too little in it to save", path)
     if all(is_pointwise(node.target) or getattr(node.target, "overloadpacket", None) in (*ROW_WISE, *OF_NORMS)

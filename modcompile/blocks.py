@@ -12,11 +12,13 @@ import re
 import sympy
 import torch
 
+from modcompile.block_sides import ROWS
 from modcompile.block_view import BlockView, analyse_block, block_groups
 from modcompile.capture import capture
 from modcompile.config import MoDConfig
 from modcompile.errors import UsageError
 from modcompile.model import GraphModel
+from modcompile.neighbours import sees_places
 from modcompile.pass_manager import Skip
 from modcompile.shapes import shape_exprs
 
@@ -32,6 +34,7 @@ class Block:
         group: The path of the list it belongs to; ``index``: its place in it.
         hidden_shape: Dims of the hidden state, if one was found.
         reason: Why it cannot be routed; None if it can.
+        note: What to know before it is routed; None if there is nothing.
     """
 
     path: str
@@ -39,6 +42,7 @@ class Block:
     index: int
     hidden_shape: tuple[int | str, ...] | None
     reason: str | None
+    note: str | None = None
 
     @property
     def routable(self) -> bool:
@@ -101,12 +105,14 @@ def find_blocks(model: torch.nn.Module, example_inputs=None) -> BlockReport:
     for group, paths in block_groups(graph).items():
         for index, path in paths:
             found = analyse_block(graph, path, [sibling for _, sibling in paths if sibling != path])
-            shape = None
+            shape = note = None
             if isinstance(found, BlockView):
+                if (node := sees_places(found.body, ROWS, found.in_rows)) is not None:
+                    note = f"{node.name} looks at rows by their place, outside of attention"
                 exprs = [expr.xreplace(symbols) for expr in shape_exprs(found.hidden) or ()]
                 shape = tuple(int(expr) if expr.is_number else str(expr) for expr in exprs)
             reason = _with_names(found.reason, names) if isinstance(found, Skip) else None
-            blocks.append(Block(path, group, index, shape, reason))
+            blocks.append(Block(path, group, index, shape, reason, note))
     return BlockReport(tuple(blocks))
 
 

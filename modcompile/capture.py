@@ -18,7 +18,7 @@ from modcompile.capture_sizes import (
     any_size,
     check_float_sizes,
     fixed_names,
-    merge_symbols,
+    merged_symbols,
     name_symbols,
     varying_sizes,
 )
@@ -28,7 +28,7 @@ from modcompile.interface import Interface, graph_name, pack_tree
 from modcompile.model import GraphModel
 from modcompile.pass_manager import PassManager
 from modcompile.program import Program
-from modcompile.shapes import dim_expr, uncached
+from modcompile.shapes import dim_expr, simplify_sizes, uncached
 from modcompile.spec import TensorSpec, dtype_name
 
 __all__ = ["capture"]
@@ -78,12 +78,13 @@ def capture(model: nn.Module, example_inputs: dict | tuple | torch.Tensor, *, dy
         # Again, with numbers for what is fixed: an expression that is always 16 is not seen to be the 16 of a table.
         shapes = varying_sizes(graph, arguments, {symbol for symbol, name in names.items() if name not in fixed})
     check_float_sizes(graph, names)
-    merge_symbols(graph, names)
+    simplify_sizes(graph, merged_symbols(names))
     interface = _interface(graph, parameters, defaults_of(model), arguments, exported.call_spec.out_spec, names)
     graph_module = Program(graph).assemble(*_tensors(model, traced, graph))
     # Imported here: the passes import the pass manager, which this module uses too.
     from modcompile.passes.expand_einsum import ExpandEinsum
     from modcompile.passes.functionalize import Functionalize
+    from modcompile.passes.fuse_softmax import FuseSoftmax
     from modcompile.passes.hoist_sizes import HoistSizes
     from modcompile.passes.remove_noops import RemoveNoops
     from modcompile.passes.simplify_masks import SimplifyMasks
@@ -91,8 +92,8 @@ def capture(model: nn.Module, example_inputs: dict | tuple | torch.Tensor, *, dy
 
     made = GraphModel(graph_module, interface, hints)
     # Without writes and tracing leftovers, and with sizes computed once, blocks have only the inputs they need.
-    manager = PassManager([ExpandEinsum(), SplitBaddbmm(), Functionalize(), RemoveNoops(), HoistSizes(),
-                           SimplifyMasks()])
+    manager = PassManager([ExpandEinsum(), SplitBaddbmm(), Functionalize(), RemoveNoops(), FuseSoftmax(),
+                           HoistSizes(), SimplifyMasks()])
     manager(graph_module)
     made.passes = manager.ran
     return made

@@ -1,18 +1,17 @@
 """The sizes of an exported graph: which vary, what they are called, and which are one."""
 
-__all__ = ["any_size", "check_float_sizes", "fixed_names", "merge_symbols", "name_symbols", "varying_sizes"]
+__all__ = ["any_size", "check_float_sizes", "fixed_names", "merged_symbols", "name_symbols", "varying_sizes"]
 
 import math
 
 import sympy
 import torch
 import torch.fx
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
-from torch.utils._sympy.functions import Max, Min, ToFloat
+from torch.utils._sympy.functions import ToFloat
 
 from modcompile.errors import UnsupportedGraphError
-from modcompile.shapes import dim_expr, shape_exprs
+from modcompile.shapes import dim_expr, equalities, shape_exprs
 
 ROLES = ("batch", "sequence")
 # From a size to one far above it, which leaves the same remainder for all likely divisors.
@@ -62,16 +61,6 @@ def name_symbols(graph: torch.fx.Graph) -> tuple[dict, dict[str, int]]:
     return names, hints
 
 
-def _equalities(graph: torch.fx.Graph) -> list[sympy.Eq]:
-    """The equalities that torch.export guards, in the symbols that the graph has."""
-    values = [node.meta["val"] for node in graph.find_nodes(op="placeholder")]
-    mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
-    if not mode or not mode.shape_env:
-        return []
-    exprs = [mode.shape_env.replace(guard.expr) for guard in mode.shape_env.guards if guard.expr.is_Equality]
-    return [expr for expr in exprs if expr.is_Equality]
-
-
 def fixed_names(graph: torch.fx.Graph, names: dict, hints: dict[str, int]) -> set[str]:
     """The names of sizes that the model fixes only together, or to a few values.
 
@@ -79,8 +68,8 @@ def fixed_names(graph: torch.fx.Graph, names: dict, hints: dict[str, int]) -> se
     (height // 4) * (width // 4) = 16, for an image whose patches have 16 positions.
     """
     known = {symbol: hints[name] for symbol, name in names.items()}
-    merged, fixed = _merged(names), set()
-    for equality in _equalities(graph):
+    merged, fixed = merged_symbols(names), set()
+    for equality in equalities(graph):
         # Sizes of one name will be one size: 4 * B // B' = 4 fixes nothing.
         equality = equality.xreplace(merged)
         if not equality.is_Equality:
@@ -101,7 +90,7 @@ def check_float_sizes(graph: torch.fx.Graph, names: dict) -> None:
     Raises:
         UnsupportedGraphError: Such a guard on a size that may vary.
     """
-    for equality in _equalities(graph):
+    for equality in equalities(graph):
         fixed = next((side for side in equality.args if side.is_number), None)
         if fixed is not None and equality.has(ToFloat) and equality.free_symbols & names.keys():
             computed = next(side for side in equality.args if side is not fixed)
@@ -111,52 +100,8 @@ def check_float_sizes(graph: torch.fx.Graph, names: dict) -> None:
                                         fix="write x // 2 for int(x * 0.5), or capture with dynamic=False")
 
 
-def _merged(names: dict) -> dict:
+def merged_symbols(names: dict) -> dict:
     """For each symbol that is not the first of its name, the one that is."""
     first: dict = {}
     merged = {symbol: first.setdefault(name, symbol) for symbol, name in names.items()}
     return {symbol: kept for symbol, kept in merged.items() if symbol != kept}
-
-
-def merge_symbols(graph: torch.fx.Graph, names: dict) -> None:
-    """Symbols of one name become one symbol in every recorded shape, and so does what always equals a symbol.
-
-    A table of 128 positions of which the last S are taken has 128 - max(0, 128 - S), which torch.export guards to be S.
-    """
-    merged = _merged(names)
-    equal = {}
-    for equality in _equalities(graph):
-        for symbol, expr in (equality.args, equality.args[::-1]):
-            if symbol in names and symbol in expr.free_symbols <= names.keys():
-                equal[expr.xreplace(merged)] = merged.get(symbol, symbol)
-    known: dict = {}
-
-    def simple(value, expr):
-        if expr not in known:
-            known[expr] = equal.get(made := expr.xreplace(merged), made)
-            # 1 - max(0, 1 - S) is 1.
-            if known[expr].has(Max, Min) and (bounds := value.node.shape_env.bound_sympy(made)).is_singleton():
-                known[expr] = sympy.Integer(int(bounds.lower))
-        return known[expr]
-
-    def is_simple(value):
-        expr = dim_expr(value)
-        return expr.is_number or simple(value, expr) == expr
-
-    def size(value):
-        if is_simple(value):
-            return value
-        expr = simple(value, dim_expr(value))
-        return int(expr) if expr.is_number else value.node.shape_env.create_symintnode(expr, hint=value.node.hint)
-
-    def renamed(value):
-        if isinstance(value, torch.SymInt) and not simple(value, dim_expr(value)).is_number:
-            return size(value)
-        if isinstance(value, FakeTensor) and not all(map(is_simple, value.shape)):
-            with value.fake_mode:
-                return torch.empty([size(d) for d in value.shape], dtype=value.dtype, device=value.device)
-        return value
-
-    for node in graph.nodes:
-        if "val" in node.meta:
-            node.meta["val"] = pytree.tree_map(renamed, node.meta["val"])

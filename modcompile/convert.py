@@ -1,6 +1,7 @@
 """From a dense model to its Mixture-of-Depths form: capture, find blocks, outline, route."""
 
 import itertools
+import warnings
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -10,7 +11,7 @@ from torch import nn
 from modcompile.blocks import BlockReport, find_blocks, select_blocks
 from modcompile.capture import capture
 from modcompile.config import MoDConfig
-from modcompile.errors import UsageError
+from modcompile.errors import ModcompileWarning, UsageError
 from modcompile.manifest import RoutedBlock
 from modcompile.model import GraphModel, MoDModel
 from modcompile.pass_manager import Pass, PassManager
@@ -43,6 +44,9 @@ def convert(model: nn.Module, example_inputs=None, config: MoDConfig | None = No
     Returns:
         A MoDModel that is called like the model and returns what it returns.
 
+    Warns:
+        ModcompileWarning: Chosen rows of a block are to see each other by their place, as in a convolution.
+
     Raises:
         UsageError: Options that do not fit the model.
         UnsupportedGraphError: A model that cannot be captured, or a block that cannot be rewritten.
@@ -60,6 +64,7 @@ def convert(model: nn.Module, example_inputs=None, config: MoDConfig | None = No
     source = model if isinstance(model, GraphModel) else capture(model, example_inputs)
     report = find_blocks(source)
     routed = select_blocks(report, config)
+    _warn_of_places(report, routed, config)
     described = _describe(report, routed, config)
     graph_module = source.program.copy().assemble(source.tensors(), non_persistent=source.non_persistent())
     hints = _make_room(graph_module, source, described)
@@ -76,6 +81,18 @@ def convert(model: nn.Module, example_inputs=None, config: MoDConfig | None = No
     made = MoDModel(graph_module, source.interface, hints, [*source.passes, *outline.ran, *manager.ran], config,
                     described, dense_program)
     return made.train(model.training)
+
+
+def _warn_of_places(report: BlockReport, routed: list[str], config: MoDConfig) -> None:
+    """Says which routed blocks are not the dense ones' on the rows they get."""
+    noted = [block for block in report if block.path in routed and block.note]
+    # attend_to="all" refuses such blocks with a reason, and whole sequences keep their rows.
+    if noted and config.attend_to == "chosen" and config.axis == "token":
+        others = f" (and {len(noted) - 1} more)" if len(noted) > 1 else ""
+        warnings.warn(f"block {noted[0].path}{others}: {noted[0].note}. Chosen rows lie next to each other in it, and "
+                      "rows of padding pass by it: valid rows get something else than from the dense block, with "
+                      "padding even at capacity_ratio=1.0. Train the converted model, or route other blocks",
+                      ModcompileWarning, stacklevel=3)
 
 
 def at_capacity(mod: MoDModel, ratio: float | Sequence[float]) -> MoDModel:

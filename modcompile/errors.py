@@ -7,6 +7,7 @@ The command line exits with the error's ``exit_code``: 2 usage, 3 unsupported gr
 __all__ = [
     "IntegrityError",
     "ModcompileError",
+    "ModcompileWarning",
     "ParityError",
     "PassContractError",
     "RuntimeUnavailableError",
@@ -77,3 +78,7 @@ class IntegrityError(ModcompileError):
     """A file is missing, truncated, edited or outside its folder."""
 
     exit_code = 6
+
+
+class ModcompileWarning(UserWarning):
+    """What was asked for is done, but is less than a user may take it for; the command line shows it too."""

@@ -16,11 +16,14 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils import _pytree as pytree
+from torch.utils._sympy.functions import Max, Min
 
 from modcompile.spec import TensorSpec, dtype_from_name
 
-__all__ = ["ShapePropagation", "describe", "dim_expr", "fake_inputs", "fake_mode_of", "new_symbol", "propagate",
-           "propagate_alike", "propagate_missing", "shape_exprs", "size_value", "uncached"]
+__all__ = ["ShapePropagation", "describe", "dim_expr", "equalities", "fake_inputs", "fake_mode_of", "new_symbol",
+           "propagate", "propagate_alike", "propagate_missing", "shape_exprs", "simplify_sizes", "size_value",
+           "uncached"]
 
 # Sizes that stand for a symbol while shapes are propagated: pairwise different, odd, and unlikely to equal a real dim.
 HINTS = (3, 57, 61, 67, 71, 73, 79)
@@ -142,11 +145,76 @@ def _apply_shapes(graph: torch.fx.Graph, args: tuple) -> torch.Tensor:
     return args[0].new_empty(shape, dtype=result.meta["val"].dtype)
 
 
-def propagate(graph_module: torch.fx.GraphModule, inputs: list) -> None:
-    """Records the shape of every value of the graph for the given fake inputs."""
+def propagate(graph_module: torch.fx.GraphModule, inputs: list, simplify: bool = True) -> None:
+    """Records the shape of every value of the graph for the given fake inputs.
+
+    With ``simplify``, values whose sizes have a simpler form share no memory with what they are views of.
+    """
     mode = next(value.fake_mode for value in inputs if isinstance(value, FakeTensor))
     with torch.no_grad():
         ShapePropagation(graph_module, mode).run(*inputs)
+    if simplify:
+        simplify_sizes(graph_module.graph)
+
+
+def equalities(graph: torch.fx.Graph) -> list[sympy.Eq]:
+    """The equalities that were guarded while the graph's shapes were found, in the symbols that the graph has."""
+    values = [node.meta["val"] for node in graph.find_nodes(op="placeholder")]
+    mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+    if not mode or not mode.shape_env:
+        return []
+    exprs = [mode.shape_env.replace(guard.expr) for guard in mode.shape_env.guards if guard.expr.is_Equality]
+    return [expr for expr in exprs if expr.is_Equality]
+
+
+def simplify_sizes(graph: torch.fx.Graph, merged: dict | None = None) -> None:
+    """What always equals a symbol of the inputs becomes that symbol in every recorded shape.
+
+    A table of 128 positions of which the last S are taken has 128 - max(0, 128 - S), which is guarded to be S.
+
+    Args:
+        graph: With shapes.
+        merged: Symbols that become others.
+    """
+    merged = merged or {}
+    symbols = {expr for node in graph.find_nodes(op="placeholder") for expr in shape_exprs(node) or ()
+               if expr.is_Symbol}
+    equal = {}
+    for equality in equalities(graph):
+        for symbol, expr in (equality.args, equality.args[::-1]):
+            if symbol in symbols and symbol in expr.free_symbols <= symbols:
+                equal[expr.xreplace(merged)] = merged.get(symbol, symbol)
+    known: dict = {}
+
+    def simple(value, expr):
+        if expr not in known:
+            known[expr] = equal.get(made := expr.xreplace(merged), made)
+            # 1 - max(0, 1 - S) is 1.
+            if known[expr].has(Max, Min) and (bounds := value.node.shape_env.bound_sympy(made)).is_singleton():
+                known[expr] = sympy.Integer(int(bounds.lower))
+        return known[expr]
+
+    def is_simple(value):
+        expr = dim_expr(value)
+        return expr.is_number or simple(value, expr) == expr
+
+    def size(value):
+        if is_simple(value):
+            return value
+        expr = simple(value, dim_expr(value))
+        return int(expr) if expr.is_number else value.node.shape_env.create_symintnode(expr, hint=value.node.hint)
+
+    def renamed(value):
+        if isinstance(value, torch.SymInt) and not simple(value, dim_expr(value)).is_number:
+            return size(value)
+        if isinstance(value, FakeTensor) and not all(map(is_simple, value.shape)):
+            with value.fake_mode:
+                return torch.empty([size(d) for d in value.shape], dtype=value.dtype, device=value.device)
+        return value
+
+    for node in graph.nodes:
+        if "val" in node.meta:
+            node.meta["val"] = pytree.tree_map(renamed, node.meta["val"])
 
 
 def propagate_alike(body: torch.fx.GraphModule, specs: list[TensorSpec], hints: dict[str, int], known: dict) -> None:

@@ -13,6 +13,7 @@ sub-graph, nor see a copy of some rows instead.
 3. A write that another name of the same memory (a view, or what it is a view of) is read after stays as it is.
 4. So does a write to a parameter or a buffer, which the next call sees, and one that has no form out of place.
 5. A view in place (unsqueeze_) writes nothing but the tensor's own shape: it becomes the view.
+6. New memory of which nothing is read before copies have filled all parts of it, along one dim, is these joined.
 
 A caller's tensor that the source model writes to is left as it was.
 """
@@ -23,12 +24,13 @@ from typing import ClassVar
 import torch
 import torch.fx
 
-from modcompile.pass_manager import Pass, PassResult, Skip
-from modcompile.shapes import propagate
+from modcompile.pass_manager import Pass, PassResult, Skip, call_for
+from modcompile.shapes import propagate, shape_exprs, simplify_sizes
 
 __all__ = ["Functionalize"]
 
 aten = torch.ops.aten
+NEW = (aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +42,10 @@ class Functionalize(Pass):
     def call(self, graph_module: torch.fx.GraphModule) -> PassResult:
         """Rewrites the writes in order, so that each sees the values that the earlier ones made."""
         graph = graph_module.graph
+        joined = any([_join(graph, node) for node in list(graph.nodes) if node.target in NEW])
         writes = [node for node in graph.nodes if _writes(node)]
         if not writes:
-            return PassResult(graph_module, False)
+            return PassResult(graph_module, joined)
         place = {node: i for i, node in enumerate(graph.nodes)}
         for node in [node for node in writes if torch.Tag.inplace_view in node.target.tags]:
             # Case 5.
@@ -50,11 +53,13 @@ class Functionalize(Pass):
                 _redirect(node, target, node, place)
                 writes.remove(node)
         # Which values share memory is known once the graph has run on fake tensors that do.
-        propagate(graph_module, [node.meta["val"] for node in graph.find_nodes(op="placeholder")])
+        propagate(graph_module, [node.meta["val"] for node in graph.find_nodes(op="placeholder")],
+                  simplify=False)
         memory = {node: _memory(node.meta.get("val")) for node in graph.nodes}
         for node in graph.find_nodes(op="call_function", target=aten.dropout.default):
             # One that is off gives the tensor it was given, though on fake tensors it may be another.
             memory[node] |= memory[node.args[0]]
+        simplify_sizes(graph)
         skips = []
         for node in writes:
             reason = _kept(node, memory, place)
@@ -62,11 +67,53 @@ class Functionalize(Pass):
                 skips.append(Skip(reason, node.name))
             else:
                 _rewrite(graph, node, place)
-        return PassResult(graph_module, any(not _writes(node) for node in writes), tuple(skips))
+        return PassResult(graph_module, joined or any(not _writes(node) for node in writes), tuple(skips))
 
 
 def _writes(node: torch.fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _join(graph: torch.fx.Graph, new: torch.fx.Node) -> bool:
+    """Case 6: whether new memory was replaced."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    # Each copy with where its part begins and ends; what a slice ends with may lie behind the end.
+    parts, dims = {}, set()
+    for part in [user for user in new.users if user.target is aten.slice.Tensor]:
+        copy = next(iter(part.users), None)
+        if copy is None or len(part.users) > 1 or copy.target is not aten.copy_.default or copy.args[0] is not part:
+            continue
+        source = copy.args[1].meta["val"]
+        same = shape_exprs(copy.args[1]) == shape_exprs(part) and source.dtype == new.meta["val"].dtype
+        if copy.users or not same or len(part.args) > 4:
+            return False
+        _, dim, start, _ = (*part.args, 0, None, None)[:4]
+        dims.add(dim % source.dim())
+        parts[copy] = (start or 0, source.shape[dim])
+    copies = sorted(parts, key=order.__getitem__)
+    if not copies or len(dims) > 1:
+        return False
+    reads = [user for user in new.users if user not in {copy.args[0] for copy in copies}]
+    between = [node for node in graph.nodes if order[copies[0]] <= order[node] <= order[copies[-1]] and _writes(node)]
+    if between != copies or any(order[user] < order[copies[-1]] for user in reads):
+        return False
+    (dim,), end = dims, 0
+    joined = sorted(copies, key=parts.__getitem__)
+    for start, size in map(parts.__getitem__, joined):
+        if start != end or not isinstance(size, int):
+            return False
+        end += size
+    if end != new.meta["val"].shape[dim]:
+        return False
+    with graph.inserting_before(copies[-1]):
+        whole = call_for(new, aten.cat.default, [copy.args[1] for copy in joined], dim, like=new)
+    for copy in copies:
+        part = copy.args[0]
+        graph.erase_node(copy)
+        graph.erase_node(part)
+    new.replace_all_uses_with(whole)
+    graph.erase_node(new)
+    return True
 
 
 def _memory(value: object) -> frozenset[int]:

@@ -16,9 +16,11 @@ from typing import ClassVar
 import sympy
 import torch
 import torch.fx
+from torch.utils._sympy.functions import ToFloat
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
+from modcompile.errors import UnsupportedGraphError
 from modcompile.pass_manager import Pass, PassResult
 from modcompile.shapes import shape_exprs, size_value
 
@@ -32,9 +34,16 @@ def emit_size(graph: torch.fx.Graph, expr, symbols: dict) -> torch.fx.Node | int
         graph: Where the nodes go.
         expr: A sympy expression over the keys of ``symbols``.
         symbols: The node that holds each symbol's value, in an order that is the graph's: it decides that of terms.
+
+    Raises:
+        UnsupportedGraphError: A size that is computed through a float.
     """
     if expr.is_number:
         return int(expr)
+    if expr.has(ToFloat):
+        raise UnsupportedGraphError("the model computes a size through a float", expected="sizes in integers",
+                                    found=expr, where="forward", fix="write torch.arange(n) + 0.5 for "
+                                    "torch.arange(0.5, n), or capture with dynamic=False")
     tracer = torch.fx.proxy.GraphAppendingTracer(graph)
     # A symbol's own number differs from process to process, and terms are sorted by it.
     names = {symbol: sympy.Symbol(f"s{i:03}", integer=True, positive=True) for i, symbol in enumerate(symbols)}

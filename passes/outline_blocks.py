@@ -23,7 +23,7 @@ import torch.fx
 from modcompile.passes.hoist_sizes import emit_size
 
 from modcompile.block_sides import ROWS, side_rank
-from modcompile.block_view import BlockView, analyse_block
+from modcompile.block_view import BlockView, analyse_block, block_groups
 from modcompile.errors import PassContractError, UnsupportedGraphError
 from modcompile.pass_manager import Pass, PassResult, Skip
 from modcompile.program import order_tensors
@@ -50,10 +50,12 @@ class OutlineBlocks(Pass):
         """Outlines the blocks, the last one first, so that the others' borders stay in place."""
         called = {node.target for node in graph_module.graph.nodes if node.op == "call_module"}
         pending = [path for path in self.blocks if path not in called]
+        lists = [[path for _, path in group] for group in block_groups(graph_module.graph).values()]
         skips = []
         known: dict = {}
         for path in reversed(pending):
-            view = analyse_block(graph_module.graph, path, [other for other in self.blocks if other != path])
+            siblings = next((group for group in lists if path in group), [])
+            view = analyse_block(graph_module.graph, path, [other for other in siblings if other != path])
             if isinstance(view, Skip):
                 skips.append(view)
             else:

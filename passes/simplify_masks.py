@@ -8,12 +8,13 @@
 Why: tracing writes out the mask that a model otherwise leaves to the causal flag. A mask costs S * S bytes a sequence,
 and keeps runtimes from their kernel for causal attention, which reads none and computes half of the scores.
 
-Each element of a mask is followed as a function of its own indices: a sum of them, or inequalities between such sums.
-That takes no sizes, so what is found holds for all of them.
+Each element of a mask is followed as a function of its own indices: a sum of them, or inequalities between such sums;
+and so is what is made of these, a triangle of ones or of -inf. That takes no sizes, so what is found holds for all of
+them.
 
-1. A mask that is true everywhere goes.
-2. One that is true where the key's index is at most the query's becomes the causal flag. The rows that ``route`` chose
-   ascend, so their order is that of their positions.
+1. A mask that is true everywhere goes, or that adds nothing anywhere.
+2. One that is true, or adds nothing, only where the key's index is at most the query's becomes the causal flag. The
+   rows that ``route`` chose ascend, so their order is that of their positions.
 3. Of two masks that must both hold, one that is true everywhere goes. What is left, often of the keys alone, has size 1
    along the queries: nothing is gathered along them then.
 4. Any other stays, such as one that depends on an input's values.
@@ -27,6 +28,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.fx
+from modcompile.passes.fuse_attention import LOW
 from torch.fx import Graph, GraphModule, Node
 
 # Registers the namespace's ops.
@@ -58,8 +60,9 @@ class SimplifyMasks(Pass):
             arguments = attention_arguments(node)
             query, key, value, given = (arguments[name] for name in ("query", "key", "value", "attn_mask"))
             mask = _without_true(given, values)
-            causal = _is_causal(values.get(mask), mask, query, key)
-            if values.get(mask) != _TRUE and not causal:
+            kept = _kept_by(mask, values)
+            causal = _is_causal(kept, mask, query, key)
+            if kept != _TRUE and not causal:
                 if mask is not given:
                     node.replace_input_with(given, mask)
                     modified = True
@@ -117,10 +120,21 @@ class _Sum:
         return _Sum(self.constant, factors)
 
 
-# Of an integer tensor a sum; of a bool tensor the sums that are all at least 0 where it is true.
-_Value = _Sum | tuple[_Sum, ...]
-_TRUE: tuple[_Sum, ...] = ()
+# The sums that are all at least 0 where a bool tensor is true.
+_Conditions = tuple[_Sum, ...]
+_TRUE: _Conditions = ()
 _FALSE = (_Sum(-1),)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bias:
+    """What adds nothing to a score where conditions hold, and elsewhere takes all of its weight."""
+
+    kept: _Conditions
+
+
+# Of a tensor of numbers, conditions say where it is 1; elsewhere it is 0.
+_Value = _Sum | _Conditions | _Bias
 
 
 class _UnknownError(Exception):
@@ -137,30 +151,39 @@ def _without_true(mask: Node, values: Mapping[Node, "_Value"]) -> Node:
     return mask
 
 
-def _is_causal(value: _Value | None, mask: Node, query: Node, key: Node) -> bool:
-    if not isinstance(value, tuple) or len(value) != 1 or len(value[0].factors) != 2 or value[0].constant != 0:
+def _kept_by(mask: Node, values: Mapping[Node, "_Value"]) -> _Conditions | None:
+    """Where a mask keeps scores; None if that is not known."""
+    value = values.get(mask)
+    if isinstance(value, _Bias):
+        return value.kept
+    return value if isinstance(value, tuple) and mask.meta["val"].dtype == torch.bool else None
+
+
+def _is_causal(kept: _Conditions | None, mask: Node, query: Node, key: Node) -> bool:
+    if kept is None or len(kept) != 1 or len(kept[0].factors) != 2 or kept[0].constant != 0:
         return False
     shape, rows, columns = _shape(mask), _shape(query)[-2], _shape(key)[-2]
-    (one, factor), (other, opposite) = sorted(value[0].factors.items(), key=lambda item: item[0].dim)
+    (one, factor), (other, opposite) = sorted(kept[0].factors.items(), key=lambda item: item[0].dim)
     return (shape[-2:] == (rows, columns) and rows == columns
             and (one.dim, other.dim) == (len(shape) - 2, len(shape) - 1)
             and one.positions is other.positions and factor == -opposite and factor > 0)
 
 
 def _follow(graph: Graph) -> dict[Node, _Value]:
-    """What is known of the graph's integers and bools."""
+    """What is known of the graph's integers and bools, and of the numbers that masks are made of."""
     values: dict[Node, _Value] = {}
     for node in graph.nodes:
         result = node.meta.get("val")
         rule = _RULES.get(node.target) if isinstance(result, torch.Tensor) else None
-        if rule is None or result.dtype not in (torch.bool, torch.int32, torch.int64):
+        if rule is None:
             continue
         try:
             value = rule(_Call(node, values))
         except _UnknownError:
             continue
-        # A cast between integers and bools is not followed.
-        if isinstance(value, tuple) == (result.dtype == torch.bool):
+        # A cast to bool, or to a dtype that may not hold a sum, is followed of conditions alone.
+        if (isinstance(value, tuple) or (isinstance(value, _Bias) and result.dtype.is_floating_point)
+                or (isinstance(value, _Sum) and result.dtype in (torch.int32, torch.int64))):
             values[node] = _settled(value, _shape(node))
     return values
 
@@ -170,6 +193,8 @@ def _settled(value: _Value, shape: tuple) -> _Value:
     if isinstance(value, _Sum):
         return _Sum(value.constant, {index: factor for index, factor in value.factors.items()
                                      if index.positions is not None or shape[index.dim] != 1})
+    if isinstance(value, _Bias):
+        return _Bias(_conditions(_settled(value.kept, shape)))
     kept: list[_Sum] = []
     for condition in value:
         lowest = _lowest(condition, shape)
@@ -222,6 +247,10 @@ class _Call:
             raise _UnknownError
         return self.values[operand]
 
+    def conditions(self, operand: Any = None) -> _Conditions:
+        """Where an operand, by default the first, is true or 1."""
+        return _conditions(self.value(operand))
+
     def sum(self, operand: Any) -> _Sum:
         value = self.value(operand)
         if not isinstance(value, _Sum):
@@ -231,6 +260,8 @@ class _Call:
     def each(self, change: Callable[[_Sum], _Sum]) -> _Value:
         """What is known of the first operand, its sum or its conditions changed."""
         value = self.value()
+        if isinstance(value, _Bias):
+            return _Bias(tuple(map(change, value.kept)))
         return change(value) if isinstance(value, _Sum) else tuple(map(change, value))
 
     def broadcast(self, operand: Any) -> Callable[[_Sum], _Sum]:
@@ -259,8 +290,94 @@ def _arange(call: _Call) -> _Value:
     return _Sum(start, {_Index(0): call.integer(2, 1)})
 
 
-def _ones(call: _Call) -> _Value:
-    return _TRUE if call.node.meta["val"].dtype == torch.bool else _Sum(1)
+def _conditions(value: _Value) -> _Conditions:
+    if value in (_Sum(0), _Sum(1)):
+        return _TRUE if value == _Sum(1) else _FALSE
+    if not isinstance(value, tuple):
+        raise _UnknownError
+    return value
+
+
+def _negated(conditions: _Conditions) -> _Conditions:
+    if conditions == _TRUE:
+        return _FALSE
+    if len(conditions) != 1:
+        raise _UnknownError
+    return (conditions[0] * -1 - _Sum(1),)
+
+
+def _filled(call: _Call) -> _Value:
+    """A tensor of one number, which the name of the op says, or its second argument."""
+    value = {"ones": 1, "zeros": 0}.get(call.op.removeprefix("new_").removesuffix("_like"))
+    return _number(call.argument(1) if value is None else value, call.node.meta["val"].dtype)
+
+
+def _number(value: Any, dtype: torch.dtype) -> _Value:
+    if not isinstance(value, int | float):
+        raise _UnknownError
+    if dtype.is_floating_point and value != 1:
+        if value != 0 and not value <= LOW:
+            raise _UnknownError
+        return _Bias(_FALSE if value else _TRUE)
+    if dtype in (torch.int32, torch.int64):
+        return _Sum(int(value))
+    return _TRUE if value else _FALSE
+
+
+def _not(call: _Call) -> _Value:
+    # Of numbers a bitwise not is no condition's.
+    if call.op == "bitwise_not" and call.node.meta["val"].dtype != torch.bool:
+        raise _UnknownError
+    return _negated(call.conditions())
+
+
+def _triangle(call: _Call) -> _Value:
+    above = _Sum(call.integer(1, 0), {_Index(call.rank - 2): 1, _Index(call.rank - 1): -1})  # at least 0 in tril
+    band = above if call.op == "tril" else above * -1
+    value = call.value()
+    if isinstance(value, _Bias):
+        # What is cut off becomes 0, and adds nothing.
+        if value.kept not in (_TRUE, _FALSE):
+            raise _UnknownError
+        return _Bias(_TRUE if value.kept == _TRUE else _negated((band,)))
+    return (*call.conditions(), band)
+
+
+def _where(call: _Call) -> _Value:
+    """Nothing is added where a condition holds, or where it does not, and all weight is taken elsewhere."""
+    dtype = call.node.meta["val"].dtype
+    kept, (first, second) = call.conditions(), (
+        call.value(branch) if isinstance(branch, Node) else _number(branch, dtype) for branch in call.node.args[1:])
+    kept = tuple(map(call.broadcast(call.node.args[0]), kept))
+    if (first, second) == (_Bias(_FALSE), _Bias(_TRUE)):
+        kept, first, second = _negated(kept), second, first
+    if (first, second) != (_Bias(_TRUE), _Bias(_FALSE)):
+        raise _UnknownError
+    return _Bias(kept)
+
+
+def _masked_fill(call: _Call) -> _Value:
+    value, mask, fill = call.value(), call.node.args[1], call.argument(2)
+    filled = tuple(map(call.broadcast(mask), call.conditions(mask)))
+    number = _number(fill, call.node.meta["val"].dtype)
+    if (value, number) == (_Bias(_FALSE), _Bias(_TRUE)):
+        return _Bias(filled)
+    if isinstance(value, _Bias) and number == _Bias(_FALSE):
+        return _Bias((*tuple(map(call.broadcast(call.node.args[0]), value.kept)), *_negated(filled)))
+    raise _UnknownError
+
+
+def _scaled(call: _Call) -> _Value:
+    """Ones times a number, and one less ones: (1 - keep) * -1e9."""
+    number = call.argument(1)
+    if call.op == "rsub":
+        if number != 1 or len(call.node.args) > 2:
+            raise _UnknownError
+        return _negated(call.conditions())
+    if not isinstance(number, int | float) or not number <= LOW or number == -float("inf"):
+        # 0 * -inf is NaN.
+        raise _UnknownError
+    return _Bias(_negated(call.conditions()))
 
 
 def _copy(call: _Call) -> _Value:
@@ -273,6 +390,14 @@ def _add(call: _Call) -> _Value:
 
 
 def _compare(call: _Call) -> _Value:
+    if isinstance(call.value(), tuple):
+        # Ones and zeros, with a number.
+        known = {("eq", 1): True, ("ne", 0): True, ("gt", 0): True, ("ge", 1): True,
+                 ("eq", 0): False, ("ne", 1): False, ("lt", 1): False, ("le", 0): False}
+        holds = known.get((call.op, call.argument(1)))
+        if holds is None:
+            raise _UnknownError
+        return call.conditions() if holds else _negated(call.conditions())
     first, second = call.pair()
     above = first - second  # at least 0 where first >= second
     if call.op == "ne":
@@ -287,7 +412,7 @@ def _and(call: _Call) -> _Value:
     conditions: list[_Sum] = []
     for operand in call.node.args:
         value = call.value(operand)
-        if isinstance(value, _Sum):
+        if not isinstance(value, tuple):
             raise _UnknownError
         conditions += map(call.broadcast(operand), value)
     return tuple(conditions)
@@ -397,7 +522,13 @@ def _getitem(call: _Call) -> _Value:
 
 _RULES: dict[Any, Callable[[_Call], _Value]] = {
     aten.arange.default: _arange, aten.arange.start: _arange, aten.arange.start_step: _arange,
-    aten.new_ones.default: _ones, aten.ones.default: _ones,
+    aten.new_ones.default: _filled, aten.ones.default: _filled, aten.zeros.default: _filled,
+    aten.new_zeros.default: _filled, aten.full.default: _filled,
+    aten.ones_like.default: _filled, aten.zeros_like.default: _filled, aten.full_like.default: _filled,
+    aten.tril.default: _triangle, aten.triu.default: _triangle,
+    aten.logical_not.default: _not, aten.bitwise_not.default: _not,
+    aten.where.ScalarOther: _where, aten.where.Scalar: _where, aten.where.ScalarSelf: _where, aten.where.self: _where,
+    aten.masked_fill.Scalar: _masked_fill, aten.rsub.Scalar: _scaled, aten.mul.Tensor: _scaled,
     aten.to.dtype: _copy, aten.to.device: _copy, aten.alias.default: _copy, aten.clone.default: _copy,
     aten.contiguous.default: _copy,
     aten.add.Tensor: _add, aten.sub.Tensor: _add,

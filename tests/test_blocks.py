@@ -552,3 +552,58 @@ def test_a_mask_that_chooses_between_scores_and_a_number(attend_to):
     model, x = Stack(Written(), Written()).eval(), torch.randn(3, 9, 8)
     mod = convert(model, (x[:2, :5],), MoDConfig(attend_to=attend_to, capacity_ratio=1.0, gate="straight-through"))
     assert torch.allclose(mod(x), model(x), atol=1e-6)
+
+
+class Sorting(Mlp):
+    """Puts the rows of all sequences in an order, and back."""
+
+    def forward(self, hidden):
+        flat = hidden.flatten(0, 1)
+        order = flat[:, 0].argsort()
+        back = torch.empty_like(order)
+        back[order] = torch.arange(order.shape[0])
+        return super().forward(flat[order][back].view_as(hidden))
+
+
+class Complex(Mlp):
+    """Turns pairs of numbers by complex factors that are given."""
+
+    def forward(self, hidden, angles):
+        turned = torch.view_as_complex(hidden.unflatten(-1, (4, 2))) * angles
+        return super().forward(torch.view_as_real(turned).flatten(2))
+
+
+class Turned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Complex(), Complex()])
+
+    def forward(self, hidden):
+        angles = torch.polar(torch.ones(hidden.shape[1], 4), torch.arange(hidden.shape[1])[:, None] / torch.ones(4))
+        for layer in self.layers:
+            hidden = layer(hidden, angles)
+        return hidden
+
+
+class OneLength(Two):
+    """A decoder of as many rows as the encoder that it looks at."""
+
+    def forward(self, words):
+        return super().forward(words, words.relu())
+
+
+@torch.no_grad()
+def test_lists_of_one_length_are_told_apart():
+    model, x = OneLength().eval(), randn(3, 63, 8)
+    mod = convert(model, (X,), MoDConfig(blocks="all", capacity_ratio=1.0))
+    assert list(mod.routers) == ["encoder.layers.0", "encoder.layers.1", "encoder.layers.2", "decoder.0", "decoder.1"]
+    assert torch.equal(mod(x), model(x))
+
+
+def test_rows_of_all_sequences_in_one_order():
+    found = reasons(Stack(Sorting(), Sorting()))["layers.0"]
+    assert re.search(r"a dim of (batch\*sequence|sequence\*batch): rows of all sequences in one order, as", found)
+
+
+def test_complex_side_inputs():
+    assert re.search(r"is complex, which no runtime takes; pass cosines and sines", reasons(Turned())["layers.1"])

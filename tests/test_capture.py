@@ -472,10 +472,25 @@ def test_a_size_that_always_equals_another_is_that_one():
     mod = convert(model, (torch.randn(2, 5, 8),), MoDConfig(blocks="all", capacity_ratio=1.0))
     assert torch.equal(mod(x), model(x))
     half = convert(model, (torch.randn(2, 5, 8),), MoDConfig(blocks=(1,), capacity_ratio=0.5))
+    # Found again with room for a capacity that is 1 for the example's rows.
+    one = convert(model, (torch.randn(2, 5, 8),), MoDConfig(blocks="all", capacity_ratio=1 / 63))
+    assert one(x).shape == x.shape
     # Routers that know nothing take the first rows.
     between = model.layers[0](x)
     expected = torch.cat([model.layers[1](between)[:, :32], between[:, 32:]], 1)
     assert (half(x) - expected).abs().max() <= 1e-6
+
+
+def test_a_range_of_floats():
+    class Centres(nn.Module):
+        def forward(self, x):
+            centres = torch.arange(0.5, x.shape[1] // 2)
+            return x.sum() * torch.ones(centres.shape[0] + 1)
+
+    with pytest.raises(UnsupportedGraphError, match="computes a size through a float") as caught:
+        capture(Centres(), (rows(2, 5, 8),))
+    assert "torch.arange(n) + 0.5" in caught.value.details["fix"]
+    assert_alike(capture(Centres(), (rows(2, 5, 8),), dynamic=False), Centres(), rows(2, 5, 8))
 
 
 def test_data_dependent_control_flow():

@@ -16,7 +16,14 @@ import modcompile
 from modcompile.cli import main, options
 from modcompile.cli.console import settings
 from modcompile.config import MoDConfig
-from modcompile.errors import IntegrityError, ParityError, RuntimeUnavailableError, UnsupportedGraphError, UsageError
+from modcompile.errors import (
+    IntegrityError,
+    ModcompileWarning,
+    ParityError,
+    RuntimeUnavailableError,
+    UnsupportedGraphError,
+    UsageError,
+)
 
 VERBS = "inspect convert diff export build package run verify bench report doctor passes".split()
 
@@ -197,6 +204,25 @@ def test_inspect_gives_reasons(report):
     blocks = report("inspect", f"{__name__}:odd_one_out")["blocks"]
     assert [block["routable"] for block in blocks] == [True, False, False]
     assert "no value enters and leaves with one shape" in blocks[1]["reason"]
+
+
+def convolutions():
+    """A function as MODEL: blocks that look at neighbouring rows."""
+
+    class Convolution(nn.Conv1d):
+        def forward(self, x):
+            return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+    return nn.Sequential(*(Convolution(8, 8, 3, padding=1) for _ in range(2))), (torch.randn(2, 5, 8),)
+
+
+def test_blocks_that_look_at_neighbouring_rows(report, call, tmp_path):
+    model = f"{__name__}:convolutions"
+    assert ["conv1d" in block["note"] for block in report("inspect", model)["blocks"]] == [True, True]
+    assert "yes; conv1d looks at rows by their place" in call("inspect", model)[1]
+    # What libraries warn of is not shown.
+    with pytest.warns(ModcompileWarning, match="block 1: conv1d_1 looks at rows by their place"):
+        assert call("convert", model, "-o", tmp_path / "out")[0] == 0
 
 
 def test_convert_saves_what_was_asked_for(report, dense, tmp_path):

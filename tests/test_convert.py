@@ -216,8 +216,8 @@ def test_the_pipeline_is_recorded(plain):
     _, graph = plain
     mod = convert(graph, None, MoDConfig(attend_to="all", capacity_ratio=0.25))
     assert [record["name"] for record in mod.passes] == [
-        "expand-einsum", "split-baddbmm", "functionalize", "remove-noops", "hoist-sizes", "simplify-masks",
-        "outline-blocks", "split-fused-qkv", "attend-to-all", "route-blocks", "round-capacity"]
+        "expand-einsum", "split-baddbmm", "functionalize", "remove-noops", "fuse-softmax", "hoist-sizes",
+        "simplify-masks", "outline-blocks", "split-fused-qkv", "attend-to-all", "route-blocks", "round-capacity"]
     assert mod.passes[-2]["options"] == {"blocks": ["layers.1"], "ratios": ["1/4"], "gate": "raw", "axis": "token",
                                          "padding_mask": None, "masked": False, "seen": "hidden"}
     names = [stage.name for stage in routing_passes(graph, ["layers.1"], MoDConfig(axis="sequence", attend_to="all"))]

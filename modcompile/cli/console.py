@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 import modcompile
-from modcompile.errors import ModcompileError
+from modcompile.errors import ModcompileError, ModcompileWarning
 
 HELP = """Rewrites dense transformers into Mixture-of-Depths form and compiles them into engines.
 
@@ -64,8 +64,9 @@ def options(
     """Takes the options before the verb."""
     settings.debug, settings.quiet = debug, quiet
     if not debug:
-        # What libraries warn their callers of; this package raises what a user must know.
+        # What libraries warn their callers of.
         warnings.simplefilter("ignore")
+        warnings.simplefilter("default", ModcompileWarning)
 
 
 @contextlib.contextmanager

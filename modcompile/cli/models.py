@@ -51,12 +51,14 @@ def inspect(model: opt.ModelArgument, shape: opt.Shapes = None, as_json: opt.AsJ
             "hidden_shape": block.hidden_shape,
             "routable": block.routable,
             "reason": block.reason,
+            "note": block.note,
             "parameters": sum(size for name, size in parameters.items() if name.startswith(block.path + ".")),
             "flops": flops.get(block.path, 0),
         } for block in report],
     }
     rows = [(row["path"], shape_text(row["hidden_shape"]), engineering(row["parameters"]), engineering(row["flops"]),
-             f"{row['flops'] / max(1, flops['']):.1%}", row["reason"] or "yes") for row in data["blocks"]]
+             f"{row['flops'] / max(1, flops['']):.1%}", row["reason"] or "; ".join(filter(None, ("yes", row["note"]))))
+            for row in data["blocks"]]
     title = (f"{model}: {len(report.routable)} of {len(report)} blocks can be routed; "
              f"{engineering(data['parameters'])} parameters, {engineering(flops[''])} FLOPs for {sizes_text(sizes)}")
     emit(as_json, data, table(title, ("block", "hidden state", "parameters", "FLOPs", "share", "can be routed"), rows))

@@ -121,10 +121,10 @@ def lowering_passes(opset: int, half: Literal["float16", "bfloat16"] | None = No
         # A constant gate must not look like arithmetic on logits to what follows.
         FoldFilled(),
         FoldStraightThrough(),
-        # A causal mask that is written out becomes the flag again: a kernel of its own, and no mask to read.
-        SimplifyMasks(),
         # Before the cast: what an operator does inside, it does in float32.
         FuseAttention(),
+        # A causal mask that is written out becomes the flag again: a kernel of its own, and no mask to read.
+        SimplifyMasks(),
         FuseGelu(),
         FuseRmsNorm(),
         UnflattenProducts(),

@@ -201,7 +201,8 @@ def test_a_block_that_writes_to_a_part_says_so():
     model = Stack(PartBlock(), PartBlock())
     graph = capture(model, (torch.randn(2, 5, 8),))
     assert [block.reason for block in find_blocks(graph)] == [
-        "fill_ = aten.fill_.Tensor writes in place", "fill__1 = aten.fill_.Tensor writes in place"]
+        f"fill_{number} = aten.fill_.Tensor writes to select{number} in place, and this is read elsewhere, or has no "
+        "other form; make a new value instead (torch.cat, torch.where)" for number in ("", "_1")]
     x = torch.randn(3, 63, 8)
     with torch.no_grad():
         assert torch.equal(graph(x), model(x))
@@ -222,3 +223,33 @@ def test_batch_norm_keeps_counting():
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).eval()
     graph = capture(model, (torch.randn(3, 8),))
     assert {"name": "functionalize", "options": {}, "modified": False} in graph.passes
+
+
+def filled(call, x, parts=((0, 3), (3, 2**63 - 1)), read=False, like=(3, 5), width=None):
+    """Copies into parts of new memory: case 6."""
+    sizes = [call(aten.sym_size.int, x, 0), call(aten.sym_size.int, x, 1), width or sum(like)]
+    new = call(aten.new_empty.default, x, sizes)
+    early = call(aten.relu.default, new) if read else None
+    for (start, end), size in zip(parts, like, strict=True):
+        call(aten.copy_.default, call(aten.slice.Tensor, new, 2, start, end), call(aten.slice.Tensor, x, 2, 0, size))
+    return (call(aten.mul.Tensor, new, 2), early) if read else call(aten.mul.Tensor, new, 2)
+
+
+@pytest.mark.parametrize(("parts", "like"), [
+    (((0, 3), (3, 2**63 - 1)), (3, 5)), (((5, 8), (None, 5)), (3, 5)), (((0, 4),), (4,))])
+def test_parts_of_new_memory_are_joined(parts, like):
+    before, after, skips = functionalized(lambda call, x: filled(call, x, parts, like=like))
+    assert not skips and "aten.cat.default" in nodes_of(after)
+    assert not [name for name in nodes_of(after) if "copy_" in name or "empty" in name]
+    assert_same(before, after)
+
+
+@pytest.mark.parametrize("build", [
+    # A gap, an overlap, and a read of what is not there yet.
+    lambda call, x: filled(call, x, ((0, 3), (4, 8)), like=(3, 4), width=8),
+    lambda call, x: filled(call, x, ((0, 3), (2, 8)), like=(3, 6), width=8),
+    lambda call, x: filled(call, x, read=True),
+])
+def test_other_parts_stay(build):
+    _, after, _ = functionalized(build)
+    assert "aten.cat.default" not in nodes_of(after) and "aten.copy_.default" in nodes_of(after)

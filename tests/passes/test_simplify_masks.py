@@ -19,10 +19,13 @@ from tiny import (
     randomise_routers,
     rewritten,
 )
+from torch import nn
+from torch.nn import functional
 
 import modcompile as mc
 from modcompile.capture import capture
 from modcompile.export.flatten import flatten
+from modcompile.export.onnx_file import lowering_passes
 from modcompile.pass_manager import PassManager, PassResult
 from modcompile.variants import oracle_model
 
@@ -386,3 +389,93 @@ def test_what_is_known_of_elements_is_true(monkeypatch, name):
         with torch.no_grad():
             elements.run(*inputs.values())
         assert {aten.arange.default, aten.index.Tensor, operator.getitem, mod.gather_rows.default} <= elements.compared
+
+
+# Masks that models make
+
+
+class Masked(Attention):
+    """Attention under a mask that a function of the number of rows makes; written out, or one node."""
+
+    def __init__(self, mask, written=False):
+        super().__init__()
+        self.mask, self.written = mask, written
+
+    def forward(self, hidden):
+        parts = (self.query(hidden), self.key(hidden), self.value(hidden))
+        query, key, value = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in parts)
+        mask = self.mask(hidden.shape[1])
+        if not self.written:
+            mixed = functional.scaled_dot_product_attention(query, key, value, mask)
+        elif mask.dtype == torch.bool:
+            mixed = (query @ key.transpose(-1, -2) / 2).masked_fill(~mask, -torch.inf).softmax(-1) @ value
+        else:
+            mixed = (query @ key.transpose(-1, -2) / 2 + mask).softmax(-1) @ value
+        return hidden + self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def square(rows, value=1.0):
+    return torch.full((rows, rows), value)
+
+
+CAUSAL = [
+    lambda rows: square(rows, True).tril(),
+    lambda rows: ~square(rows, True).triu(1),
+    lambda rows: torch.logical_not(torch.arange(rows) > torch.arange(rows)[:, None]),
+    lambda rows: square(rows).tril() > 0,
+    lambda rows: square(rows, 1).triu(diagonal=1) == 0,
+    lambda rows: square(rows).tril().bool()[None, None],
+    nn.Transformer.generate_square_subsequent_mask,
+    lambda rows: square(rows, -1e9).triu(1).expand(2, -1, -1),
+    lambda rows: (1.0 - square(rows).tril()) * torch.finfo(torch.float32).min,
+    lambda rows: torch.zeros(rows, rows).masked_fill(square(rows, True).triu(1), -torch.inf),
+    lambda rows: square(rows, -1e9).masked_fill(square(rows, True).tril(), 0.0),
+    lambda rows: torch.where(square(rows).tril() != 0, 0.0, -torch.inf),
+    lambda rows: torch.where(square(rows).triu(1) != 0, square(rows, -1e9), torch.zeros(rows, rows)),
+]
+OTHER = [
+    lambda rows: square(rows, True).tril(1),
+    lambda rows: ~square(rows, True).triu(),
+    lambda rows: square(rows, True).triu(),
+    lambda rows: square(rows, True).tril() & square(rows, True).triu(-3),
+    # Ones and zeros that are added leave weight everywhere, as small numbers do.
+    lambda rows: square(rows).tril(),
+    lambda rows: square(rows, -5.0).triu(1),
+    lambda rows: (1.0 - square(rows).tril()) * -5.0,
+    lambda rows: (2.0 - square(rows).tril()) * -1e9,
+    lambda rows: torch.where(square(rows).tril() > 0, -torch.inf, 0.0).tril(-1),
+    lambda rows: torch.zeros(rows, rows).masked_fill(square(rows, True).triu(1), -5.0),
+    lambda rows: square(rows, -torch.inf).triu(2),
+]
+
+
+class Beside(Stack):
+    """What each layer makes of the same rows."""
+
+    def forward(self, hidden):
+        return torch.stack([layer(hidden) for layer in self.layers])
+
+
+def kinds_of(graph_module):
+    return [(node.args[3] is None, node.args[5:]) for node in
+            graph_module.graph.find_nodes(op="call_function", target=SDPA)]
+
+
+def test_triangles_are_causal_when_they_are_captured():
+    model = Beside(*map(Masked, CAUSAL))
+    graph = capture(model, (randn(2, 5, 8),))
+    assert kinds_of(graph.graph_module) == [(True, (True,))] * len(CAUSAL)
+    assert (graph(randn(3, S, 8)) - model(randn(3, S, 8))).abs().max() <= 1e-5
+
+
+def test_other_triangles_stay():
+    graph = capture(Beside(*map(Masked, OTHER)), (randn(2, 5, 8),))
+    assert not any(without for without, _ in kinds_of(graph.graph_module))
+
+
+def test_what_is_fused_at_export_is_causal_too():
+    """The rows that were chosen are gathered from the masks, and ascend."""
+    model = Stack(*(Masked(CAUSAL[place], written=True) for place in (1, 1, 6, 6)))
+    mod = randomise_routers(mc.convert(model, (randn(2, 5, 8),), mc.MoDConfig(capacity_ratio=5 / 63)))
+    flat = PassManager(lowering_passes(opset=23))(flatten(mod))
+    assert kinds_of(flat) == [(True, (True,))] * 4
