@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.fx
 from families import family
-from modcompile.passes.simplify_masks import SimplifyMasks, _follow
+from modcompile.passes.simplify_masks import SimplifyMasks
 from tiny import (
     Attention,
     Stack,
@@ -26,6 +26,7 @@ import modcompile as mc
 from modcompile.capture import capture
 from modcompile.export.flatten import flatten
 from modcompile.export.onnx_file import lowering_passes
+from modcompile.mask_rules import follow
 from modcompile.pass_manager import PassManager, PassResult
 from modcompile.variants import oracle_model
 
@@ -346,7 +347,7 @@ class _Elements(torch.fx.Interpreter):
 
     def __init__(self, graph_module):
         super().__init__(graph_module, garbage_collect_values=False)
-        self.known, self.compared = _follow(graph_module.graph), set()
+        self.known, self.compared = follow(graph_module.graph), set()
 
     def run_node(self, node):
         value = super().run_node(node)
