@@ -448,6 +448,7 @@ def test_bench_hands_over_what_was_asked(call, converted, tmp_path, monkeypatch)
                       "folder": tmp_path, "keep_going": True, "limit_s": 30, "profile": 4}]
 
 
+@pytest.mark.long
 def test_bench_that_lacks_a_variant_says_so_with_its_exit_code(call, converted, tmp_path):
     line = ("bench", converted, "--shape", "input_ids=3x17", "--runs", "1", "--variants", "dense,mod,oracle")
     code, out, _ = call(*line, "--limit-s", "1e-9", "-o", tmp_path / "bench.json")

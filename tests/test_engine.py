@@ -292,7 +292,7 @@ def test_an_output_that_is_called_as_an_input_is(tmp_path):
         verify(mod, engine, {"hidden": x})
 
 
-@pytest.mark.parametrize("runtime", ["ort", "aoti"])
+@pytest.mark.parametrize("runtime", ["ort", pytest.param("aoti", marks=pytest.mark.long)])
 def test_a_half_model_is_taken_as_it_is_or_refused(tmp_path, runtime):
     x = randn(2, 7, WIDTH)
     mod = randomise_routers(convert(Stack(Mlp(), Mlp()).half().eval(), (x.half(),), MoDConfig(capacity_ratio=0.5)))

@@ -28,9 +28,9 @@ SIZES = ((3, 63), (1, 19))
 QUARTER = dict(capacity_ratio=0.25, gate="sigmoid")
 ALWAYS = {
     "gpt2", "bloom", "llama", "gemma3",
-    "bert", "modernbert", "t5-encoder", "deberta-v2",
+    "bert", "t5-encoder", "deberta-v2",
     "vit",
-    "torch-encoder", "torch-causal", "small-gpt", "inner-rotary",
+    "torch-causal", "small-gpt",
 }  # fmt: skip
 # The graph of torch.export resizes beit's table of relative positions to other last bits than eager does; bloom's
 # product with a bias is one operation there, and two in the graph.

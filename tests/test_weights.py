@@ -58,7 +58,7 @@ def test_at_full_capacity_it_is_the_dense_model(pretrained, attend_to: str):
             assert far <= (EXACT if attend_to == "chosen" else EAGER)
 
 
-@pytest.mark.parametrize("attend_to", ["chosen", "all"])
+@pytest.mark.parametrize("attend_to", [pytest.param("chosen", marks=pytest.mark.long), "all"])
 def test_an_eighth_of_the_rows_is_the_reference_and_onnx_runtime_agrees(pretrained, attend_to: str, tmp_path: Path):
     model, captured, routed, width, calls = pretrained
     options = dict(capacity_ratio=0.125, gate="sigmoid", attend_to=attend_to)

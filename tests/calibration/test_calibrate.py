@@ -384,7 +384,7 @@ def test_options_that_do_not_go_together(folder, tmp_path, capfd, options, messa
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize("rows", [2, 5])
+@pytest.mark.parametrize("rows", [pytest.param(2, marks=pytest.mark.long), 5])
 def test_in_short_sequences_two_ratios_are_the_same_rows(rows):
     result = calibrate(Stack(*(Block() for _ in range(4))), [(randn(3, rows, WIDTH),)], budget=0.7)
     assert result.report["flops"] <= 0.7
@@ -421,6 +421,7 @@ class Pooled(nn.Module):
         return (self.stack(hidden, attention_mask) * weights).sum(1) / weights.sum(1)
 
 
+@pytest.mark.long
 def test_an_output_as_wide_as_a_sequence_is_long_is_not_padded():
     mask = (torch.arange(WIDTH) < torch.tensor([[WIDTH], [3], [5]])).long()
     batch = {"hidden": randn(3, WIDTH, WIDTH), "attention_mask": mask}
@@ -448,6 +449,7 @@ class Crossed(nn.Module):
         return target
 
 
+@pytest.mark.long
 def test_an_encoders_mask_is_not_a_decoders():
     def call(rows):
         mask = (torch.arange(7) < torch.tensor([[7], [4]])).long()

@@ -202,7 +202,7 @@ def stack(kind):
     return model
 
 
-@pytest.mark.parametrize("attend_to", ["chosen", "all"])
+@pytest.mark.parametrize("attend_to", [pytest.param("chosen", marks=pytest.mark.long), "all"])
 @pytest.mark.parametrize("kind", MODELS)
 @torch.no_grad()
 def test_attention_is_routed(kind, attend_to, tmp_path):
