@@ -25,6 +25,7 @@ import torch
 import torch.fx
 from torch import Tensor
 
+from modcompile.attention import SDPA, attention_arguments
 from modcompile.pass_manager import Pass, PassResult, Skip, call_for
 
 __all__ = ["ChooseAttention"]
@@ -32,19 +33,16 @@ __all__ = ["ChooseAttention"]
 # B batch  H heads  S rows  d head dim
 
 aten = torch.ops.aten
-_ATTENTION = aten.scaled_dot_product_attention.default
 
 # What is tried, PyTorch's own choice first, and how each is called with (query, key, value) and the causal flag. The
 # first of what the others give is the attention's output.
 _KERNELS: dict[Any, Callable[[Any, Any, Any, bool], tuple]] = {
-    _ATTENTION: lambda q, k, v, causal: (q, k, v, None, 0.0, causal),
+    SDPA: lambda q, k, v, causal: (q, k, v, None, 0.0, causal),
     aten._scaled_dot_product_flash_attention.default: lambda q, k, v, causal: (q, k, v, 0.0, causal),
     aten._scaled_dot_product_efficient_attention.default: lambda q, k, v, causal: (q, k, v, None, False, 0.0, causal),
 }
 # Case 2, and case 3.
 _SAVES, _HEAD_UNIT, _WIDEST_HEAD = 0.05, 8, 256
-_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-_LEFT_OUT = (None, 0.0, False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +62,14 @@ class ChooseAttention(Pass):
             return PassResult(graph_module, False, (Skip("there is no GPU here to time kernels on"),))
         chosen: dict[tuple, Any] = {}
         skips, modified = [], False
-        for node in graph_module.graph.find_nodes(op="call_function", target=_ATTENTION):
+        for node in graph_module.graph.find_nodes(op="call_function", target=SDPA):
             kind = _kind(node)
             if isinstance(kind, Skip):
                 skips.append(kind)
                 continue
             if kind not in chosen:
                 chosen[kind] = self._fastest(*kind)
-            if chosen[kind] != _ATTENTION:
+            if chosen[kind] != SDPA:
                 _replace(node, chosen[kind])
                 modified = True
         return PassResult(graph_module, modified, tuple(skips))
@@ -84,7 +82,7 @@ class ChooseAttention(Pass):
                      for kernel, arguments in _KERNELS.items()}
             times = {kernel: time_us(call, self.device) for kernel, call in calls.items()}
         best = min(times, key=times.__getitem__)
-        return best if times[best] < (1 - _SAVES) * times[_ATTENTION] else _ATTENTION
+        return best if times[best] < (1 - _SAVES) * times[SDPA] else SDPA
 
 
 def time_us(run: Callable[[], Any], device: str) -> float:
@@ -96,15 +94,10 @@ def time_us(run: Callable[[], Any], device: str) -> float:
         return 1000 * do_bench_cudagraph(run, rep=10, return_mode="min")
 
 
-def _arguments(node: torch.fx.Node) -> dict[str, Any]:
-    """By name, those included that were left out."""
-    return dict(zip(_NAMES, node.args + _LEFT_OUT[len(node.args) - 3:], strict=True)) | {"scale": None} | node.kwargs
-
-
 def _kind(node: torch.fx.Node) -> tuple | Skip:
     """What kernels are timed with, or case 3 or 4."""
-    arguments = _arguments(node)
-    operands: list[Tensor] = [arguments[name].meta["val"] for name in _NAMES[:3]]
+    arguments = attention_arguments(node)
+    operands: list[Tensor] = [arguments[name].meta["val"] for name in ("query", "key", "value")]
     query, key, value = operands
     if arguments["attn_mask"] is not None or arguments["dropout_p"]:
         return Skip("only attention without a mask and dropout has several kernels", node.name)
@@ -126,7 +119,7 @@ def _kind(node: torch.fx.Node) -> tuple | Skip:
 
 
 def _replace(node: torch.fx.Node, kernel: Any) -> None:
-    arguments = _arguments(node)
+    arguments = attention_arguments(node)
     given = _KERNELS[kernel](*(arguments[name] for name in ("query", "key", "value", "is_causal")))
     with node.graph.inserting_before(node):
         made = call_for(node, kernel, *given, scale=arguments["scale"])
