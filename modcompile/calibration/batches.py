@@ -14,7 +14,7 @@ from modcompile.config import MoDConfig
 from modcompile.convert import padding_mask, valid_rows
 from modcompile.errors import UsageError
 from modcompile.interface import graph_name
-from modcompile.model import GraphModel
+from modcompile.model import GraphModel, device_of
 from modcompile.sample_inputs import index_limits
 
 # B batch  S rows
@@ -45,7 +45,7 @@ def bind_batches(graph: GraphModel, calls: Sequence[Any], config: MoDConfig) -> 
     """
     mask = padding_mask(graph, config)
     limits = index_limits(graph)
-    device = next(iter(graph.tensors().values())).device
+    device = device_of(graph)
     names = [spec.name for spec in graph.inputs]
     made = []
     for number, call in enumerate(calls):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from modcompile.convert import padding_mask
 from modcompile.errors import UsageError
 from modcompile.insight.passages import Passage
-from modcompile.model import GraphModel, MoDModel
+from modcompile.model import GraphModel, MoDModel, device_of
 from modcompile.sample_inputs import index_limits
 from modcompile.spec import TensorSpec
 
@@ -53,7 +53,7 @@ class Reading:
 
     def __init__(self, mod: MoDModel, dense: GraphModel, passages: Sequence[Passage], batch: int, pad: int):
         self.mod = mod
-        self.device = next(iter(mod.tensors().values())).device
+        self.device = device_of(mod)
         self.words = _words_input(mod)
         _check_rows(mod, self.words)
         self.limit = index_limits(mod)[self.words]
